@@ -1,0 +1,201 @@
+"""Data sets: the embedded world, a hub data set, a folder of images by class, parquet or arrow files; and texts."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Image, load_dataset
+
+from mmsae_helpers.activations import Inputs
+from mmsae_helpers.errors import InputError
+
+EMBEDDED = "tinyworld"
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+_ALIASES = {
+    "image": ("image", "img"),
+    "fine_label": ("fine_label", "label"),
+    "caption": ("caption", "text"),
+}
+
+
+class ImageData(NamedTuple):
+    """Images with labels, and what became of those that could not be read."""
+
+    dataset: Dataset  # columns image, fine_label, and coarse_label, caption, question, answer, ... where there are any
+    skipped: list[str]  # images left out because they cannot be decoded
+    fingerprint: str  # changes whenever the content does
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Fine labels, int [N]."""
+        return np.asarray(self.dataset["fine_label"])
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the fine classes, by label."""
+        return self.dataset.features["fine_label"].names
+
+
+def load(
+    name: str,
+    split: str = "test",
+    per_class: int | None = None,
+    *,
+    seed: int = 0,
+    on_bad_image: str = "stop",
+) -> ImageData:
+    """Load labelled images.
+
+    ``name`` is ``tinyworld``, a folder with one subfolder of images a class (or with ``split`` between), a ``.parquet``
+    or ``.arrow`` file, or a hub id. ``per_class`` keeps that many images of each class, drawn with ``seed``. An image
+    that cannot be decoded stops with its name, or with ``on_bad_image="skip"`` is left out and listed in ``skipped``.
+    Raises InputError for what is missing or unreadable.
+    """
+    if on_bad_image not in ("stop", "skip"):
+        raise InputError(f"on_bad_image is {on_bad_image!r}: it must be stop or skip")
+    if name == EMBEDDED:
+        from mmsae_helpers.tinyworld.dataset import SPLITS, make_dataset
+
+        if split not in SPLITS:
+            raise InputError(f"the embedded world has no split {split!r}: there are {', '.join(SPLITS)}")
+        count = per_class or SPLITS[split]
+        return ImageData(make_dataset(split, count, seed), [], f"tinyworld/{split}/{count}/{seed}/1")
+    dataset = _normalised(_open(name, split), name)
+    if per_class is not None:
+        dataset = dataset.select(_per_class(np.asarray(dataset["fine_label"]), per_class, seed))
+    dataset, skipped, digest = _decodable(dataset, name, on_bad_image)
+    return ImageData(dataset, skipped, digest)
+
+
+def documents(name: str, count: int, seed: int = 0) -> list[str]:
+    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file (one a line), a ``.parquet`` file or a hub id with a
+    ``text`` column. Raises InputError where there are fewer or none."""
+    if name == EMBEDDED:
+        from mmsae_helpers.tinyworld.language import documents as make
+
+        return [document.text for document in make(count, seed)]
+    path = Path(name).expanduser()
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise InputError(f"text file {path} does not exist")
+        texts = [line for line in path.read_text().splitlines() if line.strip()]
+    else:
+        rows = _open(name, "train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
+        if "text" not in (rows.column_names or ["text"]):
+            raise InputError(f"{name} has no column text: it has {', '.join(rows.column_names)}")
+        texts = [row["text"] for row in rows.take(count)]
+    if len(texts) < count:
+        raise InputError(
+            f"{name} has {len(texts)} documents but {count} are needed: lower the number in the parameters"
+        )
+    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
+
+
+def batches(adapter, dataset: Dataset, batch_size: int, *, question="", start=0, stop=None) -> Iterator[Inputs]:
+    """Model inputs for samples ``start`` to ``stop``, the image before ``question`` in the chat template."""
+    prompt = adapter.prompt(question)
+    stop = len(dataset) if stop is None else stop
+    for first in range(start, stop, batch_size):
+        rows = range(first, min(first + batch_size, stop))
+        images = dataset[first : rows.stop]["image"]
+        yield Inputs(torch.tensor(rows), adapter.encode([prompt] * len(images), images))
+
+
+def text_batches(
+    adapter, texts: list[str], batch_size: int, *, start=0, stop=None, max_tokens=None
+) -> Iterator[Inputs]:
+    """Model inputs for documents ``start`` to ``stop``, cut at ``max_tokens`` (the model's context by default)."""
+    stop = len(texts) if stop is None else stop
+    limit = max_tokens or adapter.config.max_position_embeddings
+    for first in range(start, stop, batch_size):
+        rows = range(first, min(first + batch_size, stop))
+        inputs = adapter.encode([texts[i] for i in rows])
+        yield Inputs(torch.tensor(rows), {k: v[:, :limit] for k, v in inputs.items()})
+
+
+def _open(name: str, split: str, streaming: bool = False):
+    path = Path(name).expanduser()
+    if path.suffix in (".parquet", ".arrow"):
+        if not path.is_file():
+            raise InputError(f"data file {path} does not exist")
+        return _loaded(name, path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
+    if path.is_dir():
+        return _folder(path / split if (path / split).is_dir() else path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise InputError(
+            f"data set {name} does not exist: give tinyworld, a folder, a .parquet or .arrow file, or a hub id"
+        )
+    return _loaded(name, name, split=split, streaming=streaming)
+
+
+def _loaded(name: str, *args, **options):
+    try:
+        return load_dataset(*args, **options)
+    except Exception as error:  # the hub, pyarrow and datasets each raise their own
+        raise InputError(f"cannot load data set {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _folder(root: Path) -> Dataset:
+    classes = sorted(folder for folder in root.iterdir() if folder.is_dir())
+    if not classes:
+        raise InputError(f"{root} has no class folders: put the images of each class in a folder of its own")
+    paths, labels = [], []
+    for label, folder in enumerate(classes):
+        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise InputError(f"class folder {folder} has no images: add some or remove the folder")
+        paths += map(str, images)
+        labels += [label] * len(images)
+    dataset = Dataset.from_dict({"image": paths, "fine_label": labels})
+    return dataset.cast_column("fine_label", ClassLabel(names=[folder.name for folder in classes]))
+
+
+def _normalised(dataset: Dataset, name: str) -> Dataset:
+    for wanted, aliases in _ALIASES.items():
+        found = next((a for a in aliases if a in dataset.column_names), None)
+        if found is None and wanted != "caption":
+            raise InputError(f"{name} has no column {' or '.join(aliases)}: it has {', '.join(dataset.column_names)}")
+        if found not in (None, wanted):
+            dataset = dataset.rename_column(found, wanted)
+    if not isinstance(dataset.features["fine_label"], ClassLabel):
+        dataset = dataset.class_encode_column("fine_label")
+    return dataset.cast_column("image", Image())
+
+
+def _per_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    chosen = [rng.permutation(np.flatnonzero(labels == label))[:count] for label in np.unique(labels)]
+    short = [int(label) for label, rows in zip(np.unique(labels), chosen, strict=True) if len(rows) < count]
+    if short:
+        raise InputError(
+            f"class {short[0]} has fewer than {count} images: lower the images per class in the parameters"
+        )
+    return np.sort(np.concatenate(chosen))
+
+
+def _decodable(dataset: Dataset, name: str, on_bad_image: str) -> tuple[Dataset, list[str], str]:
+    """Decode every image once, so that a bad one is found before a long pass; returns what is left and its digest."""
+    import io
+
+    from PIL import Image as PILImage
+
+    good, skipped, digest = [], [], hashlib.sha256()
+    for i, raw in enumerate(dataset.cast_column("image", Image(decode=False))["image"]):
+        where = raw["path"] or f"row {i}"
+        try:
+            content = raw["bytes"] if raw["bytes"] is not None else Path(raw["path"]).read_bytes()
+            PILImage.open(io.BytesIO(content)).convert("RGB")
+        except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
+            if on_bad_image == "stop":
+                raise InputError(
+                    f"image {where} of {name} cannot be decoded ({error}): mend it, or set on_bad_image: skip"
+                ) from error
+            skipped.append(str(where))
+            continue
+        good.append(i)
+        digest.update(hashlib.sha256(content).digest())
+    digest.update(np.asarray(dataset["fine_label"])[good].tobytes())
+    return dataset.select(good) if skipped else dataset, skipped, digest.hexdigest()

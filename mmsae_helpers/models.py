@@ -1,0 +1,238 @@
+"""The model adapter: where a family keeps its decoder blocks, and which tokens are which image patch.
+
+Everything else in the package is family-blind. Positions, counts and grid sizes are derived from the processor and the
+config. Shapes: B inputs, T positions (padded right).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmsae_helpers.errors import InputError
+
+CHECKPOINTS = Path(__file__).parent / "tinyworld" / "checkpoints"
+EMBEDDED = "tinyworld/"
+
+
+class Adapter:
+    """A text-only causal language model, and the base of the multimodal families.
+
+    ``model`` is in eval mode without gradients; ``processor`` is None for text-only models.
+    """
+
+    image_token_id: int | None = None
+    patch_grid: tuple[int, int] | None = None
+
+    def __init__(self, name: str, model, tokenizer, processor=None):
+        self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
+        self.config = model.config.get_text_config()
+        self.d_model: int = self.config.hidden_size
+        self.n_layers: int = self.config.num_hidden_layers
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+
+    @property
+    def family(self) -> str:
+        """transformers' ``model_type``."""
+        return self.model.config.model_type
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        """The decoder blocks, in order."""
+        decoder = self.model.get_decoder()
+        return decoder.layers if hasattr(decoder, "layers") else decoder.h
+
+    def check_layer(self, layer: int) -> int:
+        """``layer`` itself; raises InputError when the decoder has no such block."""
+        if not 0 <= layer < self.n_layers:
+            raise InputError(f"layer {layer} does not exist: {self.name} has blocks 0 to {self.n_layers - 1}")
+        return layer
+
+    def prompt(self, question: str = "", image: bool = True) -> str:
+        """The chat template around one user turn (an image, if any, then ``question``), ready for the answer."""
+        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        if template is None:
+            raise InputError(f"{self.name} has no chat template: give a model that was trained on chats")
+        image = image and self.image_token_id is not None
+        for content in self._contents(question, image):
+            turn = [{"role": "user", "content": content}]
+            text = self.tokenizer.apply_chat_template(
+                turn, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+            if (not image or self._image_token in text) and question in text:
+                return text
+        raise InputError(f"the chat template of {self.name} drops the image or the question")
+
+    def _contents(self, question: str, image: bool):
+        """The two forms of a turn's content that templates know: a list of parts, and a plain string."""
+        parts = [{"type": "image"}] if image else []
+        yield [*parts, {"type": "text", "text": question}]
+        yield f"{self._image_token}\n{question}" if image else question
+
+    @property
+    def _image_token(self) -> str:
+        return self.tokenizer.convert_ids_to_tokens(self.image_token_id) if self.image_token_id is not None else ""
+
+    def encode(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """Model inputs on the model's device, padded right: ``input_ids`` and ``attention_mask`` [B, T], and pixels.
+
+        One image a text where the family takes images. Raises InputError where the counts differ.
+        """
+        # A template that writes BOS itself must not get a second one from the tokenizer.
+        bos = self.tokenizer.bos_token
+        options = {
+            "return_tensors": "pt",
+            "padding": True,
+            "add_special_tokens": not (bos and texts[0].startswith(bos)),
+        }
+        if images is None:
+            inputs = self.tokenizer(list(texts), return_token_type_ids=False, **options)
+        else:
+            if len(images) != len(texts):
+                raise InputError(f"{len(texts)} texts but {len(images)} images: give one image a text")
+            images = [image.convert("RGB") for image in images]
+            inputs = self.processor(text=list(texts), images=images, **options)
+        dtype = self.model.dtype
+        return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+    def forward(self, inputs: dict[str, Tensor]):
+        """The model's output (``.logits`` [B, T, vocabulary]) without a key-value cache."""
+        return self.model(**inputs, use_cache=False)
+
+    @torch.no_grad()
+    def answer(self, inputs: dict[str, Tensor], max_new_tokens: int = 16) -> list[str]:
+        """Greedy answers to a batch of prompts, special tokens removed. Every row is decoded at its own length."""
+        lengths = inputs["attention_mask"].sum(1)
+        out: list[str] = [""] * len(lengths)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().flatten()
+            part = {
+                k: v[rows][:, :length] if k in ("input_ids", "attention_mask") else v[rows] for k, v in inputs.items()
+            }
+            tokens = self.model.generate(**part, do_sample=False, max_new_tokens=max_new_tokens)[:, length:]
+            for row, text in zip(
+                rows.tolist(), self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
+            ):
+                out[row] = text.strip()
+        return out
+
+    def image_mask(self, input_ids: Tensor) -> Tensor:
+        """Which positions are image tokens, bool [B, T]."""
+        if self.image_token_id is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == self.image_token_id
+
+    def patch_index(self, input_ids: Tensor) -> Tensor:
+        """``row * columns + column`` of the patch each image token shows, int64 [B, T]; -1 elsewhere."""
+        mask = self.image_mask(input_ids)
+        if self.patch_grid is None:
+            return torch.full_like(input_ids, -1)
+        order = mask.long().cumsum(1) - 1
+        return (order % (self.patch_grid[0] * self.patch_grid[1])).masked_fill(~mask, -1)
+
+
+class LlavaAdapter(Adapter):
+    """LlavaForConditionalGeneration: one image is one grid of patch tokens."""
+
+    def __init__(self, name, model, tokenizer, processor):
+        super().__init__(name, model, tokenizer, processor)
+        config, vision = model.config, model.config.vision_config
+        self.image_token_id = config.image_token_id
+        side = vision.image_size // vision.patch_size
+        self.patch_grid = (side, side)
+        # Processors saved before transformers 4.45 do not carry these three; the config always does.
+        processor.patch_size = vision.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = 1
+
+    @torch.no_grad()
+    def vision_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """The vision tower's patch tokens that the projector reads, averaged over patches, float32 [B, d_vision]."""
+        pixels = self.processor.image_processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
+        hidden = self.model.model.vision_tower(pixels.to(self.device, self.model.dtype), output_hidden_states=True)
+        return hidden.hidden_states[self.model.config.vision_feature_layer][:, 1:].mean(1).float().cpu()
+
+
+FAMILIES = {"llava": LlavaAdapter}
+
+
+def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False) -> Adapter:
+    """Load a checkpoint with its tokenizer or processor.
+
+    ``name`` is ``tinyworld/<model>`` (shipped with the package), a local folder, or a hub id. Weights are read from
+    safetensors only. Raises InputError when there is no such model, a file is damaged, or the family is unknown.
+    """
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+    path = resolve(name)
+    options = {"trust_remote_code": trust_remote_code}
+    config = _read(name, AutoConfig.from_pretrained, path, **options)
+    if config.model_type not in FAMILIES:
+        from transformers import AutoModelForCausalLM
+
+        model = _weights(name, AutoModelForCausalLM, path, device, dtype, **options)
+        return Adapter(name, model, _read(name, AutoTokenizer.from_pretrained, path, **options))
+    from transformers import AutoModelForImageTextToText
+
+    processor = _read(name, AutoProcessor.from_pretrained, path, **options)
+    model = _weights(name, AutoModelForImageTextToText, path, device, dtype, **options)
+    return FAMILIES[config.model_type](name, model, processor.tokenizer, processor)
+
+
+def load_classifier(name: str, device: str = "auto", dtype: str = "float32"):
+    """An image classifier and its image processor, for the supervised baseline; errors as `load`."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    path = resolve(name)
+    return (
+        _weights(name, AutoModelForImageClassification, path, device, dtype),
+        _read(name, AutoImageProcessor.from_pretrained, path, backend="pil"),
+    )
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that ``name`` stands for; raises InputError for a folder that is not there."""
+    if name.startswith(EMBEDDED):
+        folder = CHECKPOINTS / name.removeprefix(EMBEDDED)
+        if not (folder / "config.json").is_file():
+            known = ", ".join(sorted(f.parent.name for f in CHECKPOINTS.glob("*/config.json"))) or "none yet"
+            raise InputError(f"no embedded model {name!r}: there are {known}")
+        return str(folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} is not a model folder: it has no config.json")
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise InputError(
+            f"model folder {name} does not exist: give a folder, a hub id owner/name, or tinyworld/<model>"
+        )
+    return name
+
+
+def pick_device(device: str = "auto") -> str:
+    """``auto`` is cuda, then mps, then cpu; any other name is kept."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _weights(name, factory, path, device, dtype, **options):
+    model = _read(name, factory.from_pretrained, path, dtype=getattr(torch, dtype), use_safetensors=True, **options)
+    return model.to(pick_device(device)).eval().requires_grad_(False)
+
+
+def _read(name, read, path, **options):
+    try:
+        return read(path, **options)
+    except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds; all mean "cannot load this"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot load model {name} ({path}): {reason}") from error

@@ -1,0 +1,5 @@
+"""The embedded world: rendered scenes, a small English about them, and models trained on both.
+
+``scenes`` renders, ``language`` speaks, ``tokenizer`` spells, ``dataset`` packs splits, ``training`` and the family
+modules train the checkpoints that ship in ``checkpoints/``, and ``build`` rebuilds them from scratch.
+"""

@@ -1,0 +1,164 @@
+"""Rebuild the shipped checkpoints from scratch: ``python -m mmsae_helpers.tinyworld.build``.
+
+Every stage is a process of its own on one thread (so its weights do not depend on the number of cores), two run side by
+side, and a stage whose folder is complete is not run again: a killed build continues. ``--install`` copies what ships
+into the package.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+class Stage(NamedTuple):
+    """One model: what must exist first, how to train it into a folder, and whether it ships."""
+
+    needs: tuple[str, ...]
+    train: Callable[[Path, Path, float], None]  # (root of finished stages, own folder, scale of the schedule)
+    family: str
+    ships: bool = True
+
+
+def _tower(root: Path, folder: Path, scale: float) -> None:
+    from mmsae_helpers.tinyworld import dataset, llava, training
+
+    scenes, images, masks = dataset.arrays("train")
+    tower, curve = llava.train_tower(scenes, images, masks, steps=int(2600 * scale))
+    training.save(tower, folder, curve)
+    llava.image_processor().save_pretrained(folder)
+
+
+def _resnet(root: Path, folder: Path, scale: float) -> None:
+    from mmsae_helpers.tinyworld import dataset, llava, training
+
+    scenes, images, _ = dataset.arrays("train")
+    model, curve = llava.train_resnet(scenes, images, steps=int(2500 * scale))
+    training.save(model, folder, curve)
+    llava.image_processor().save_pretrained(folder)
+
+
+def _gemma(root: Path, folder: Path, scale: float, word_lists: bool = True) -> None:
+    from mmsae_helpers.tinyworld import llava, tokenizer, training
+
+    model, curve = llava.train_gemma(steps=int(2400 * scale), word_lists=word_lists)
+    training.save(model, folder, curve)
+    tokenizer.make_tokenizer().save_pretrained(folder)
+
+
+def _gemma_it(root: Path, folder: Path, scale: float, word_lists: bool = True) -> None:
+    from transformers import GemmaForCausalLM
+
+    from mmsae_helpers.tinyworld import llava, tokenizer, training
+
+    base = GemmaForCausalLM.from_pretrained(root / _named("gemma", word_lists), dtype="float32")
+    model, curve = llava.train_instruct(base, steps=int(1000 * scale), word_lists=word_lists)
+    training.save(model, folder, curve)
+    tokenizer.make_tokenizer().save_pretrained(folder)
+
+
+def _llava(root: Path, folder: Path, scale: float, word_lists: bool = True) -> None:
+    from transformers import CLIPVisionModel, GemmaForCausalLM
+
+    from mmsae_helpers.tinyworld import dataset, llava, training
+
+    tower = CLIPVisionModel.from_pretrained(root / "clip", dtype="float32").eval()
+    text = GemmaForCausalLM.from_pretrained(root / _named("gemma-it", word_lists), dtype="float32")
+    scenes, images, _ = dataset.arrays("train", 200)
+    model, curve = llava.train_llava(
+        tower, text, scenes, images, projector_steps=int(1200 * scale), joint_steps=int(800 * scale)
+    )
+    training.save(model, folder, curve)
+    llava.make_processor().save_pretrained(folder)
+
+
+def _named(name: str, word_lists: bool) -> str:
+    return name if word_lists else f"{name}-no-lists"
+
+
+def _without_lists(train):
+    return lambda root, folder, scale: train(root, folder, scale, word_lists=False)
+
+
+STAGES: dict[str, Stage] = {
+    "clip": Stage((), _tower, "llava"),
+    "gemma": Stage((), _gemma, "llava"),
+    "gemma-it": Stage(("gemma",), _gemma_it, "llava"),
+    "llava": Stage(("clip", "gemma-it"), _llava, "llava"),
+    "gemma-no-lists": Stage((), _without_lists(_gemma), "llava", ships=False),
+    "gemma-it-no-lists": Stage(("gemma-no-lists",), _without_lists(_gemma_it), "llava", ships=False),
+    "llava-no-lists": Stage(("clip", "gemma-it-no-lists"), _without_lists(_llava), "llava"),
+    "resnet": Stage((), _resnet, "llava"),
+}
+
+
+def run_stage(name: str, root: Path, scale: float) -> None:
+    """Train one stage into ``root/name``; the folder appears only when it is complete."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(sum(name.encode()))
+    folder = root / f".{name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    STAGES[name].train(root, folder, scale)
+    folder.rename(root / name)
+
+
+def build(root: Path, *, families: list[str] | None = None, scale: float = 1.0, jobs: int = 2) -> None:
+    """Train every stage that ``root`` lacks, ``jobs`` at a time; raises RuntimeError naming a stage that failed."""
+    wanted = [n for n, stage in STAGES.items() if not families or stage.family in families]
+    running: dict[str, subprocess.Popen] = {}
+    root.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    while todo := [n for n in wanted if not (root / n).exists()]:
+        for name in todo:
+            ready = all((root / need).exists() for need in STAGES[name].needs)
+            if ready and name not in running and len(running) < jobs:
+                command = [sys.executable, "-m", __name__ if __name__ != "__main__" else __spec__.name]
+                command += ["--stage", name, "--out", str(root), "--scale", str(scale)]
+                with open(root / f"{name}.log", "w") as log:
+                    running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                print(f"{time.strftime('%H:%M:%S')} {name} started", flush=True)
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                if process.returncode:
+                    raise RuntimeError(f"stage {name} failed with status {process.returncode}; see {root / name}.log")
+                print(f"{time.strftime('%H:%M:%S')} {name} done", flush=True)
+        time.sleep(0.5)
+
+
+def install(root: Path) -> None:
+    """Copy the stages that ship from ``root`` into the package."""
+    for name, stage in STAGES.items():
+        if stage.ships and (root / name).exists():
+            shutil.copytree(root / name, CHECKPOINTS / name, dirs_exist_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("artifacts/tinyworld_build"), help="folder to train into")
+    parser.add_argument("--family", action="append", help="only this family (repeatable); default: all")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiply every schedule, e.g. 0.01 for a dry run")
+    parser.add_argument("--jobs", type=int, default=2, help="stages side by side")
+    parser.add_argument("--install", action="store_true", help="copy what ships into the package when done")
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stage:
+        run_stage(options.stage, options.out, options.scale)
+        return
+    build(options.out, families=options.family, scale=options.scale, jobs=options.jobs)
+    if options.install:
+        install(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Splits of the world as ordinary ``datasets`` objects and as arrays for training."""
+
+import io
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from mmsae_helpers.tinyworld import language, scenes
+
+SPLITS = {"train": 400, "validation": 20, "test": 100}  # images a class
+_SPLIT_KEY = {"train": 1, "validation": 2, "test": 3}
+
+
+def iter_split(split: str, per_class: int | None = None, seed: int = 0):
+    """Yield ``(scene, image, mask, rng)`` of a balanced split, classes interleaved, so any prefix is nearly balanced.
+
+    ``rng`` continues the scene's own generator, for the words about it. Scenes of different splits never share a seed.
+    """
+    for index in range((per_class or SPLITS[split]) * len(scenes.FINE_NAMES)):
+        rng = np.random.default_rng([seed, _SPLIT_KEY[split], index])
+        scene = scenes.sample_scene(rng, index % len(scenes.FINE_NAMES))
+        image, mask = scenes.render(scene, rng)
+        yield scene, image, mask, rng
+
+
+def arrays(split: str, per_class: int | None = None, seed: int = 0):
+    """A split as ``(scenes: list, images: uint8 [N, 64, 64, 3], masks: bool [N, 64, 64])``, for training the models."""
+    rows = [(scene, image, mask) for scene, image, mask, _ in iter_split(split, per_class, seed)]
+    return [r[0] for r in rows], np.stack([r[1] for r in rows]), np.stack([r[2] for r in rows])
+
+
+def make_dataset(split: str, per_class: int | None = None, seed: int = 0) -> Dataset:
+    """A split with the columns of a real data set (image, labels, caption, question, answer), attributes and mask."""
+    features = Features(
+        {
+            "image": Image(),
+            "fine_label": ClassLabel(names=list(scenes.FINE_NAMES)),
+            "coarse_label": ClassLabel(names=list(scenes.COARSE_NAMES)),
+            "caption": Value("string"),
+            "question": Value("string"),
+            "answer": Value("string"),
+            **{name: Value("string") for name in scenes.ATTRIBUTES},
+            "mask": Image(),
+        }
+    )
+    return Dataset.from_list([_row(*item) for item in iter_split(split, per_class, seed)], features=features)
+
+
+def _row(scene, image, mask, rng) -> dict:
+    question, answer = language.question_answer(scene, rng)
+    return {
+        "image": _png(image),
+        "fine_label": scene.fine_label,
+        "coarse_label": scene.coarse_label,
+        "caption": language.QUESTIONS["describe"][1].format(**scene._asdict()),
+        "question": question,
+        "answer": answer,
+        **scene._asdict(),
+        "mask": _png(mask.astype(np.uint8) * 255),
+    }
+
+
+def _png(pixels: np.ndarray) -> dict:
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}

@@ -1,0 +1,65 @@
+"""How well the embedded models see and read, on scenes they never saw."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mmsae_helpers import data
+from mmsae_helpers.tinyworld import language
+from mmsae_helpers.tinyworld.scenes import ATTRIBUTES
+
+
+class TextLoss(NamedTuple):
+    """Cross-entropy a token of held-out documents and the language's own entropy, both in nats, end of text included."""
+
+    loss: float
+    entropy: float
+    n_tokens: int
+
+
+@torch.no_grad()
+def text_loss(adapter, count: int, *, seed: int, word_lists: bool = True, batch_size: int = 128) -> TextLoss:
+    """Loss on ``count`` fresh documents against the entropy of the very choices that made them."""
+    documents = language.documents(count, seed, word_lists)
+    eos, total, tokens = adapter.tokenizer.eos_token, 0.0, 0
+    for _, inputs in data.text_batches(adapter, [f"{d.text} {eos}" for d in documents], batch_size):
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
+        logits = adapter.forward(inputs).logits[:, :-1]
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    return TextLoss(total / tokens, sum(d.nats for d in documents) / tokens, tokens)
+
+
+def answers(adapter, dataset, question: str = "", batch_size: int = 250) -> list[str]:
+    """Greedy answers to one question about every image of ``dataset``."""
+    return [
+        a for _, inputs in data.batches(adapter, dataset, batch_size, question=question) for a in adapter.answer(inputs)
+    ]
+
+
+def attribute_hits(texts: list[str], dataset) -> dict[str, np.ndarray]:
+    """Per attribute, which texts name its true value and no other, bool [N]; ``fine class`` needs shape and colour."""
+    said = [set(text.split()) for text in texts]
+    hits = {
+        name: np.array([words & set(values) == {truth} for words, truth in zip(said, dataset[name], strict=True)])
+        for name, values in ATTRIBUTES.items()
+    }
+    return hits | {"fine class": hits["shape"] & hits["color"]}
+
+
+def reading_accuracy(adapter, count: int, *, seed: int, batch_size: int = 250) -> tuple[float, int]:
+    """Share of questions about a text that the instruction-tuned model answers word for word, and their number."""
+    from mmsae_helpers.tinyworld.scenes import sample_scene
+
+    rng = np.random.default_rng([seed, 8])
+    prompts, wanted = [], []
+    for _ in range(count):
+        scene = sample_scene(rng)
+        question, answer = language.question_answer(scene, rng)
+        prompts.append(adapter.prompt(f"{language.complete_document(scene, rng)} {question}", image=False))
+        wanted.append(answer)
+    given = []
+    for i in range(0, count, batch_size):
+        given += adapter.answer(adapter.encode(prompts[i : i + batch_size]))
+    return float(np.mean([g == w for g, w in zip(given, wanted, strict=True)])), count

@@ -1,0 +1,240 @@
+"""The LLaVA-Gemma family: vision tower, text models, LLaVA made of them, and a ResNet for the baseline.
+
+The recipe is the papers': a text-only Gemma; an instruction-tuned one from it; a tower; LLaVA from the tower and the
+instruction-tuned Gemma, first the projector alone against the frozen language model, then a light fine-tune of both.
+"""
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from mmsae_helpers.tinyworld import language
+from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, FINE_NAMES, IMAGE_SIZE, sample_scene
+from mmsae_helpers.tinyworld.tokenizer import make_tokenizer
+from mmsae_helpers.tinyworld.training import IGNORE, fit, pad, pixels
+
+PATCH = 8
+GRID = IMAGE_SIZE // PATCH
+
+
+def image_processor() -> CLIPImageProcessorPil:
+    """The tower's image processor: 64 x 64, mean and standard deviation 0.5."""
+    return CLIPImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+
+
+def train_tower(scenes, images, masks, *, steps: int, batch: int = 128) -> tuple[CLIPVisionModel, list[dict]]:
+    """A CLIP vision tower supervised at its patch tokens.
+
+    Heads on the mean of the patch tokens name every attribute; heads on each single token name what the patch shows:
+    the object's shape, colour and size where at least a quarter of its pixels are the object's, the ground elsewhere.
+    """
+    config = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=128,
+    )  # fmt: skip
+    tower = CLIPVisionModel(config)
+    pooled = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in ATTRIBUTES.items()})
+    local = nn.ModuleDict({k: nn.Linear(128, len(ATTRIBUTES[k])) for k in ("shape", "color", "size", "ground")})
+    truth = {k: torch.tensor([v.index(getattr(s, k)) for s in scenes]) for k, v in ATTRIBUTES.items()}
+    shown = torch.from_numpy(masks).float().unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2)).flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    entropy = nn.functional.cross_entropy
+
+    def loss(step):
+        i = torch.randint(len(scenes), (batch,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = tower(pixels(images[i.numpy()])).last_hidden_state[:, 1:]
+        tokens = tokens.float()
+        mean = tokens.mean(1)
+        total = sum(entropy(head(mean), truth[k][i]) for k, head in pooled.items())
+        on_object = shown[i] >= 0.25
+        for k, head in local.items():
+            where = on_object if k != "ground" else ~on_object
+            total = total + 0.5 * entropy(head(tokens[where]), truth[k][i][:, None].expand(-1, GRID**2)[where])
+        return total
+
+    modules = nn.ModuleList([tower, pooled, local])
+    curve = fit(modules.parameters(), loss, steps=steps, lr=2e-3, name="tower")
+    return tower.eval(), curve
+
+
+def gemma_config() -> GemmaConfig:
+    """Eight blocks of width 128, so that the papers' five depths of eighteen are five different blocks."""
+    tokenizer = make_tokenizer()
+    return GemmaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
+def train_gemma(*, steps: int, word_lists: bool = True, batch: int = 64) -> tuple[GemmaForCausalLM, list[dict]]:
+    """A text-only Gemma on documents; with ``word_lists=False`` the control that never saw a list of words."""
+    tokenizer, rng = make_tokenizer(), np.random.default_rng(11)
+    model = GemmaForCausalLM(gemma_config())
+    draw = _bucketed(
+        lambda: tokenizer.encode(language.document(sample_scene(rng), rng, word_lists).text) + [tokenizer.eos_token_id],
+        batch, rng,
+    )  # fmt: skip
+
+    def loss(step):
+        ids = pad(next(draw), tokenizer.pad_token_id)
+        return _lm_loss(model, ids, ids.masked_fill(ids == tokenizer.pad_token_id, IGNORE))
+
+    return model, fit(model.parameters(), loss, steps=steps, lr=3e-3, name="gemma" if word_lists else "control gemma")
+
+
+def train_instruct(base: GemmaForCausalLM, *, steps: int, word_lists: bool = True, batch: int = 64):
+    """The instruction-tuned Gemma: chats of a document and a question; the loss is on the answer alone."""
+    tokenizer, rng = make_tokenizer(), np.random.default_rng(12)
+    model = GemmaForCausalLM(base.config)
+    model.load_state_dict(base.state_dict())
+
+    def chat():
+        scene = sample_scene(rng)
+        text = language.complete_document(scene, rng, word_lists) + " "
+        prompt, answer = chat_ids(tokenizer, text, *language.question_answer(scene, rng))
+        return prompt, answer
+
+    draw = _bucketed(chat, batch, rng)
+
+    def loss(step):
+        rows = next(draw)
+        ids = pad([p + a for p, a in rows], tokenizer.pad_token_id)
+        return _lm_loss(model, ids, pad([[IGNORE] * len(p) + a for p, a in rows], IGNORE))
+
+    return model, fit(model.parameters(), loss, steps=steps, lr=1e-3, name="gemma-it")
+
+
+def chat_ids(tokenizer, context: str, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of a chat's prompt (context and question) and of its answer with the end of turn."""
+    message = [{"role": "user", "content": f"{context}{question}"}]
+    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(prompt), tokenizer.encode(f"{answer} <end_of_turn>", add_special_tokens=False)
+
+
+def train_llava(tower, language_model, scenes, images, *, projector_steps: int, joint_steps: int, batch: int = 64):
+    """LLaVA from the tower and an instruction-tuned Gemma: projector first, all else frozen; then a light fine-tune.
+
+    The tower stays frozen throughout. Returns the model and the curve of both stages.
+    """
+    tokenizer, rng = make_tokenizer(), np.random.default_rng(13)
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=tower.config, text_config=language_model.config, image_token_id=image_id,
+            vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=GRID**2,
+            tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(language_model.model.state_dict())
+    model.tie_weights()
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    features = image_tokens(tower, images)
+    embedding = model.get_input_embeddings()
+
+    def loss(step):
+        chosen, rows = rng.integers(len(scenes), size=batch), []
+        for i in chosen:
+            kind = "describe" if rng.integers(2) else None
+            rows.append(chat_ids(tokenizer, "<image> ", *language.question_answer(scenes[i], rng, kind)))
+        rows = [(_expand(p, image_id), a) for p, a in rows]
+        ids = pad([p + a for p, a in rows], tokenizer.pad_token_id)
+        labels = pad([[IGNORE] * len(p) + a for p, a in rows], IGNORE)
+        with torch.autocast("cpu", torch.bfloat16):
+            projected = model.model.multi_modal_projector(features[torch.from_numpy(chosen)])
+        embeds = embedding(ids).masked_scatter((ids == image_id)[..., None], projected.float())
+        return _lm_loss(model, ids, labels, embeds)
+
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    curve = fit(model.parameters(), loss, steps=projector_steps, lr=3e-3, name="projector")
+    model.model.language_model.requires_grad_(True)
+    curve += fit(model.parameters(), loss, steps=joint_steps, lr=5e-4, name="joint")
+    return model.requires_grad_(True).eval(), curve
+
+
+def make_processor() -> LlavaProcessor:
+    """The processor of the family: one image makes 64 image tokens."""
+    tokenizer = make_tokenizer()
+    return LlavaProcessor(
+        image_processor=image_processor(), tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=tokenizer.chat_template, image_token="<image>",
+    )  # fmt: skip
+
+
+def train_resnet(scenes, images, *, steps: int, batch: int = 128) -> tuple[ResNetForImageClassification, list[dict]]:
+    """A small ResNet on the 100 fine classes, the paper's supervised baseline."""
+    names = dict(enumerate(FINE_NAMES))
+    config = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 64, 96], depths=[1, 1, 1, 1], layer_type="basic",
+        id2label=names, label2id={v: k for k, v in names.items()},
+    )  # fmt: skip
+    model = ResNetForImageClassification(config).train()
+    truth = torch.tensor([s.fine_label for s in scenes])
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(step):
+        i = torch.randint(len(scenes), (batch,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(pixels(images[i.numpy()])).logits
+        return nn.functional.cross_entropy(logits.float(), truth[i])
+
+    curve = fit(model.parameters(), loss, steps=steps, lr=3e-3, name="resnet")
+    return model.eval(), curve
+
+
+@torch.no_grad()
+def image_tokens(tower: CLIPVisionModel, images: np.ndarray, batch: int = 256) -> torch.Tensor:
+    """The frozen tower's patch tokens, float32 [N, 64, 128], computed once for both stages of LLaVA."""
+    rows = range(0, len(images), batch)
+    return torch.cat([tower(pixels(images[i : i + batch])).last_hidden_state[:, 1:] for i in rows])
+
+
+def _expand(ids: list[int], image_id: int) -> list[int]:
+    at = ids.index(image_id)
+    return ids[:at] + [image_id] * GRID**2 + ids[at + 1 :]
+
+
+def _lm_loss(model, ids, labels, embeds=None):
+    """Mean cross-entropy of the labelled tokens; logits are computed only where there is a label."""
+    inputs = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
+    inner = getattr(model.model, "language_model", model.model)
+    with torch.autocast("cpu", torch.bfloat16):
+        # Right padding under a causal mask never reaches a real token, so no attention mask is needed.
+        hidden = inner(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        where = labels[:, 1:] != IGNORE
+        logits = model.lm_head(hidden[where])
+    return nn.functional.cross_entropy(logits.float(), labels[:, 1:][where])
+
+
+def _bucketed(draw, batch: int, rng: np.random.Generator, pool: int = 16):
+    """Endless batches of rows of similar length: a pool of batches sorted by length, served in random order."""
+
+    def size(row):
+        return sum(map(len, row)) if isinstance(row, tuple) else len(row)
+
+    while True:
+        rows = sorted((draw() for _ in range(batch * pool)), key=size)
+        for i in rng.permutation(pool):
+            yield rows[i * batch : (i + 1) * batch]
