@@ -71,8 +71,8 @@ def load(
 
 
 def documents(name: str, count: int, seed: int = 0) -> list[str]:
-    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file (one a line), a ``.parquet`` file or a hub id with a
-    ``text`` column. Raises InputError where there are fewer or none."""
+    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file (one a line), a ``.parquet`` file or a hub id with
+    a ``text`` column. Raises InputError where there are fewer or none."""
     if name == EMBEDDED:
         from mmsae_helpers.tinyworld.language import documents as make
 

@@ -4,7 +4,7 @@ Everything else in the package is family-blind. Positions, counts and grid sizes
 config. Shapes: B inputs, T positions (padded right).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -187,15 +187,24 @@ def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_c
     return FAMILIES[config.model_type](name, model, processor.tokenizer, processor)
 
 
-def load_classifier(name: str, device: str = "auto", dtype: str = "float32"):
-    """An image classifier and its image processor, for the supervised baseline; errors as `load`."""
+@torch.no_grad()
+def classify(name: str, batches: Iterable[Sequence[Image.Image]], device: str = "auto", dtype: str = "float32"):
+    """Class scores and penultimate features of a supervised image classifier, the baseline.
+
+    Returns ``(logits [N, classes], features [N, d])``, float32 arrays; errors as `load`.
+    """
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     path = resolve(name)
-    return (
-        _weights(name, AutoModelForImageClassification, path, device, dtype),
-        _read(name, AutoImageProcessor.from_pretrained, path, backend="pil"),
-    )
+    model = _weights(name, AutoModelForImageClassification, path, device, dtype)
+    processor = _read(name, AutoImageProcessor.from_pretrained, path, backend="pil")
+    logits, features = [], []
+    for images in batches:
+        pixels = processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
+        hidden = model.base_model(pixels.to(model.device, model.dtype)).pooler_output
+        logits.append(model.classifier(hidden).float().cpu())
+        features.append(hidden.flatten(1).float().cpu())
+    return torch.cat(logits).numpy(), torch.cat(features).numpy()
 
 
 def resolve(name: str) -> str:
@@ -226,6 +235,9 @@ def pick_device(device: str = "auto") -> str:
 
 
 def _weights(name, factory, path, device, dtype, **options):
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model = _read(name, factory.from_pretrained, path, dtype=getattr(torch, dtype), use_safetensors=True, **options)
     return model.to(pick_device(device)).eval().requires_grad_(False)
 

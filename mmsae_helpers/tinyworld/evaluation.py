@@ -11,7 +11,7 @@ from mmsae_helpers.tinyworld.scenes import ATTRIBUTES
 
 
 class TextLoss(NamedTuple):
-    """Cross-entropy a token of held-out documents and the language's own entropy, both in nats, end of text included."""
+    """Cross-entropy a token of held-out documents and the entropy of the language, in nats, end of text included."""
 
     loss: float
     entropy: float

@@ -70,7 +70,7 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     """Render a scene.
 
     Returns the image, uint8 [64, 64, 3], and the object's mask, bool [64, 64] (pixels at least half covered).
-    ``rng`` draws the jitter (place +-3 px, radius, colour +-20 of 255) and the noise (standard deviation about 9 of 255).
+    ``rng`` draws the jitter (place +-3 px, radius, colour +-20 of 255) and noise (standard deviation 9 of 255).
     """
     unit = SUPERSAMPLING
     low, high = (8, 10) if scene.size == "small" else (13, 16)
