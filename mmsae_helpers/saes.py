@@ -1,0 +1,557 @@
+"""Sparse autoencoders, all of them sae-lens's: train, load, control, and measure.
+
+Shapes: x [tokens, d_in] residual activations, f [tokens, d_sae] features >= 0. `sae_lens` is imported inside
+functions because that alone takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mmsae_helpers.errors import InputError
+
+SAE_ID = "blocks.{layer}.hook_resid_post"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How an SAE is trained; names and meanings are sae-lens's.
+
+    d_sae: number of features.
+    l1_coefficient: weight of the penalty sum_j f_j ||W_dec_j||; grows linearly over l1_warm_up_steps.
+    lr, lr_warm_up_steps, lr_decay_steps: Adam's rate; linear warm-up, constant, linear decay to 0.
+    steps, batch_size: optimiser steps, and tokens in each.
+    normalize_activations: "expected_average_only_in" scales the input to a mean norm of sqrt(d_in)
+        while training, by a factor estimated on the first norm_batches and folded into the weights.
+    b_dec_init: "zeros" (sae-lens), or "mean": of those first batches.
+    architecture: "standard", ReLU with an L1 penalty.
+    autocast: multiply in bfloat16 (weights and optimiser stay float32): 3 times faster on CPUs that
+        have it.
+    """
+
+    d_sae: int
+    l1_coefficient: float
+    lr: float
+    steps: int
+    batch_size: int
+    l1_warm_up_steps: int = 0
+    lr_warm_up_steps: int = 0
+    lr_decay_steps: int = 0
+    normalize_activations: str = "expected_average_only_in"
+    norm_batches: int = 8
+    b_dec_init: str = "zeros"
+    decoder_init_norm: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    architecture: str = "standard"
+    autocast: bool = False
+
+    def __post_init__(self):
+        for name in ("d_sae", "steps", "batch_size", "norm_batches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"SAE training: {name} must be a whole number above 0, not {value!r}")
+        for name in ("l1_coefficient", "l1_warm_up_steps", "lr_warm_up_steps", "lr_decay_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"SAE training: {name} must not be below 0, but is {getattr(self, name)}")
+        if self.lr <= 0 or self.decoder_init_norm <= 0:
+            raise InputError("SAE training: lr and decoder_init_norm must be above 0")
+        if self.lr_warm_up_steps + self.lr_decay_steps > self.steps:
+            raise InputError(f"SAE training: lr warm-up and decay take more than the {self.steps} steps")
+        for name, allowed in (
+            ("normalize_activations", ("none", "expected_average_only_in")),
+            ("b_dec_init", ("zeros", "mean")),
+            ("architecture", ("standard",)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError(f"SAE training: {name} is {value!r}; choose from {', '.join(allowed)}")
+
+
+class Job(NamedTuple):
+    """One SAE to train: on which layer, from which seed, how."""
+
+    layer: int
+    seed: int
+    config: TrainingConfig
+
+
+def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> Iterator[dict]:
+    """Mix a stream of TokenBatch into batches {layer: [batch_size, d]}; the same tokens in every layer.
+
+    A buffer of `buffer` tokens is filled, half of it drawn at random, and so on. Give a callable that
+    returns a fresh stream to have it replayed without end (epochs); an iterator ends with its tokens,
+    less an incomplete batch.
+    """
+    order = torch.Generator().manual_seed(seed)
+    held: list[dict[int, torch.Tensor]] = []
+    rows = 0
+
+    def draw(leave: int):
+        nonlocal held, rows
+        pool = {layer: torch.cat([part[layer] for part in held]) for layer in held[0]}
+        perm = torch.randperm(rows, generator=order)
+        n_drawn = (rows - leave) // batch_size * batch_size
+        held = [{layer: acts[perm[n_drawn:]] for layer, acts in pool.items()}]
+        rows -= n_drawn
+        for chosen in perm[:n_drawn].split(batch_size) if n_drawn else ():
+            yield {layer: acts[chosen] for layer, acts in pool.items()}
+
+    while True:
+        seen = 0
+        for batch in tokens() if callable(tokens) else tokens:
+            held.append(dict(batch.acts))
+            n = len(next(iter(batch.acts.values())))
+            seen, rows = seen + n, rows + n
+            if rows >= max(buffer, 2 * batch_size):
+                yield from draw(leave=rows // 2)
+        if not seen or not callable(tokens):
+            break
+    if rows:
+        yield from draw(leave=0)
+
+
+def train(
+    batches: Iterable[Mapping[int, torch.Tensor]],
+    *,
+    d_in: int,
+    layers: Sequence[int],
+    seeds: Sequence[int],
+    config: TrainingConfig,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[tuple[int, int], Any]:
+    """One SAE per (layer, seed), all from one stream of {layer: [batch, d_in]}; see `fit`."""
+    jobs = {(layer, seed): Job(layer, seed, config) for layer in layers for seed in seeds}
+    return fit(batches, jobs, d_in=d_in, device=device, progress=progress)
+
+
+def fit(
+    batches: Iterable[Mapping[int, torch.Tensor]],
+    jobs: Mapping[Hashable, Job],
+    *,
+    d_in: int,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[Hashable, Any]:
+    """Train many sae-lens SAEs on one stream of batches {layer: [batch, d_in]}: layers x lambda x seeds.
+
+    A lean loop over sae-lens's training class: its initialisation, loss, schedules and clipping at 1.0,
+    with fused Adam and less bookkeeping (a test compares it with `SAETrainer`). A seed decides the
+    initial weights; all jobs see the same batches. On a CPU every SAE is stepped by one thread, several
+    SAEs at a time: faster than many threads on each, and weights do not depend on their number.
+
+    Returns inference SAEs by job, input scaling folded in, without gradients;
+    `sae.cfg.metadata.trained_norm` is the mean norm of the activations it was trained on.
+    Raises InputError if the stream ends before the last step.
+    """
+    from tqdm.auto import tqdm
+
+    if not jobs:
+        return {}
+    steps = max(job.config.steps for job in jobs.values())
+    layers = sorted({job.layer for job in jobs.values()})
+    stream = iter(batches)
+    head = list(islice(stream, max(job.config.norm_batches for job in jobs.values())))
+    for width in {batch[layer].shape[1] for batch in head for layer in layers} - {d_in}:
+        raise InputError(f"SAE training: activations are {width} wide, but d_in is {d_in}")
+    device = torch.device(device)
+    trainers = [_Trainer(job, d_in, [b[job.layer] for b in head], device) for job in jobs.values()]
+    with _one_thread_each(device) as n_workers, ThreadPoolExecutor(n_workers) as pool:
+        n_done = 0
+        for batch in tqdm(islice(chain(head, stream), steps), "training SAEs", steps, disable=not progress):
+            on_device = {layer: batch[layer].to(device, torch.float32) for layer in layers}
+            list(pool.map(lambda trainer, x=on_device: trainer.step(x[trainer.job.layer]), trainers))
+            n_done += 1
+    if n_done < steps:
+        raise InputError(f"SAE training: the stream ended after {n_done} of {steps} steps; give more text")
+    return {key: trainer.finish() for key, trainer in zip(jobs, trainers, strict=True)}
+
+
+@contextmanager
+def _one_thread_each(device: torch.device):
+    """Number of SAEs to step at a time; on a CPU, with one torch thread for each."""
+    n_threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield n_threads if device.type == "cpu" else 1
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+class _Trainer:
+    """An SAE in training: its weights, optimiser and schedules."""
+
+    def __init__(self, job: Job, d_in: int, head: list[torch.Tensor], device: torch.device):
+        from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+        from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
+
+        cfg = self.cfg = job.config
+        self.job, self.device = job, device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.seed)
+            self.sae = StandardTrainingSAE(
+                StandardTrainingSAEConfig(
+                    d_in=d_in,
+                    d_sae=cfg.d_sae,
+                    normalize_activations=cfg.normalize_activations,
+                    decoder_init_norm=cfg.decoder_init_norm,
+                    l1_coefficient=cfg.l1_coefficient,
+                    l1_warm_up_steps=cfg.l1_warm_up_steps,
+                )
+            ).to(device)
+        first = torch.cat(head[: cfg.norm_batches]).float() if head else torch.ones(1, d_in)
+        self.trained_norm = first.norm(dim=1).double().mean().item()
+        self.scale = d_in**0.5 / self.trained_norm if cfg.normalize_activations != "none" else 1.0
+        if cfg.b_dec_init == "mean":
+            self.sae.b_dec.data = (first.mean(0) * self.scale).to(device)
+        self.weights = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        betas = (cfg.adam_beta1, cfg.adam_beta2)
+        self.optimiser = torch.optim.Adam(self.weights, lr=cfg.lr, betas=betas, fused=True)
+        self.lr = get_lr_scheduler(
+            "constant", self.optimiser, cfg.steps, cfg.lr, cfg.lr_warm_up_steps, cfg.lr_decay_steps, cfg.lr, 1
+        )
+        self.l1 = CoefficientScheduler(cfg.l1_warm_up_steps, cfg.l1_coefficient)
+        self.n_done = 0
+
+    def step(self, x: torch.Tensor) -> None:
+        """mean_tokens( ||x - x^||^2 + l1 sum_j f_j ||W_dec_j|| ), x scaled; one Adam step."""
+        if self.n_done == self.cfg.steps:
+            return
+        W_enc, b_enc, W_dec, b_dec = self.weights
+        x = x * self.scale
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.autocast):
+            # Zero in value: carries b_dec's gradient without a product as large as the encoder's.
+            b_dec_path = (b_dec.detach() - b_dec) @ W_enc
+            f = torch.relu(torch.addmm(b_enc + b_dec_path, x - b_dec.detach(), W_enc))
+            x_hat = torch.addmm(b_dec, f, W_dec)
+            penalty = f @ W_dec.norm(dim=1)
+        loss = ((x_hat.float() - x).square().sum() + self.l1.value * penalty.float().sum()) / len(x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        with warnings.catch_warnings():  # torch's SequentialLR calls its own deprecated form
+            warnings.simplefilter("ignore")
+            self.lr.step()
+        self.l1.step()
+        self.n_done += 1
+
+    def finish(self):
+        from sae_lens import SAE
+
+        if self.scale != 1.0:
+            self.sae.fold_activation_norm_scaling_factor(self.scale)
+        self.sae.cfg.normalize_activations = "none"
+        self.sae.cfg.metadata.trained_norm = self.trained_norm
+        self.sae.cfg.metadata.hook_name = SAE_ID.format(layer=self.job.layer)
+        self.sae.cfg.metadata.seed = self.job.seed
+        with torch.random.fork_rng(devices=[]):
+            sae = SAE.from_dict(self.sae.cfg.get_inference_sae_cfg_dict())
+        sae.load_state_dict(self.sae.state_dict())
+        return _frozen(sae)
+
+
+def _frozen(sae):
+    return sae.eval().requires_grad_(False)
+
+
+def obtain(
+    source: str,
+    *,
+    d_in: int,
+    layers: Sequence[int],
+    seeds: Sequence[int] = (0,),
+    folder: Path | str | None = None,
+    description: Mapping | None = None,
+    config: TrainingConfig | None = None,
+    make: Callable[[list[int]], Iterable[Mapping[int, torch.Tensor]]] | None = None,
+    sae_id: str = SAE_ID,
+    device: str = "cpu",
+    progress: bool = True,
+) -> dict[tuple[int, int], Any]:
+    """SAEs by (layer, seed): trained, from a local folder, or from a sae-lens release.
+
+    source "train": those in `folder`/<hash of description, config, d_in>/layer_LL_seed_S are loaded, the
+        others trained on `make(missing layers)` (batches as from `shuffled`) and saved, each whole or not.
+    source a folder: sae-lens format, in subfolders `sae_id` ({layer}, {seed}) or layer_LL_seed_S.
+    source a release, e.g. "gemma-2b-res-jb": `SAE.from_pretrained(release, sae_id)`.
+    Where there is one SAE a layer whatever the seed, it stands under the first seed: go over the keys.
+
+    Raises InputError: folder missing, SAE unreadable or not d_in wide, release or id unknown, offline.
+    """
+    keys = [(layer, seed) for layer in layers for seed in seeds]
+    if source == "train":
+        return _trained(keys, d_in, Path(folder), dict(description or {}), config, make, device, progress)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = {}
+        for layer, seed in keys:
+            names = (f"layer_{layer:02d}_seed_{seed}", sae_id.format(layer=layer, seed=seed))
+            own = [path / name for name in names if (path / name).is_dir()]
+            per_seed = own and (own[0].name == names[0] or "{seed}" in sae_id)
+            if not own:
+                raise InputError(
+                    f"no SAE for layer {layer} in {path}: there is no folder {names[1]} or {names[0]}"
+                )
+            if per_seed or seed == seeds[0]:
+                found[layer, seed] = load(own[0], d_in, device)
+        return found
+    if path.is_absolute() or source.startswith((".", "~")):
+        raise InputError(f"no such folder of SAEs: {path}; give a folder, a sae-lens release, or 'train'")
+    return {
+        (layer, seeds[0]): _released(source, sae_id.format(layer=layer), d_in, device) for layer in layers
+    }
+
+
+def load(folder: Path | str, d_in: int | None = None, device: str = "cpu"):
+    """The SAE saved in `folder` in sae-lens format; InputError if unreadable or not `d_in` wide."""
+    from sae_lens import SAE
+
+    folder = Path(folder)
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"not an SAE in sae-lens format: {folder} has no {name}")
+    try:
+        sae = SAE.load_from_disk(folder, device=device)
+    except (
+        Exception
+    ) as error:  # a truncated or foreign file fails in safetensors, json or sae-lens, each its own way
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"cannot read the SAE in {folder} ({reason[0]}); restore or delete it") from error
+    return _frozen(_check_width(sae, d_in, folder))
+
+
+def _check_width(sae, d_in: int | None, where):
+    if d_in is not None and sae.cfg.d_in != d_in:
+        raise InputError(
+            f"the SAE {where} takes activations {sae.cfg.d_in} wide, but the model's are {d_in} wide"
+        )
+    return sae
+
+
+def _released(release: str, sae_id: str, d_in: int, device: str):
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
+
+    try:
+        sae = SAE.from_pretrained(release, sae_id, device=device)
+    except Exception as error:  # unknown release or id, no network, no such file: whichever library notices
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"cannot get SAE {sae_id} of release {release}: {reason[0]}") from error
+    factor = get_norm_scaling_factor(release, sae_id)
+    sae.cfg.metadata.trained_norm = d_in**0.5 / factor if factor else None
+    return _frozen(_check_width(sae, d_in, f"{release}/{sae_id}"))
+
+
+def _trained(keys, d_in, folder, description, config, make, device, progress):
+    if config is None or make is None:
+        raise InputError("to train SAEs, give obtain() a config and make, the stream to train on")
+    made_of = {"description": description, "config": asdict(config), "d_in": d_in, "format": 1}
+    text = json.dumps(made_of, sort_keys=True)
+    root = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+    found = {}
+    for layer, seed in keys:
+        place = root / f"layer_{layer:02d}_seed_{seed}"
+        if place.is_dir():
+            try:
+                found[layer, seed] = load(place, d_in, device)
+            except InputError as error:
+                warnings.warn(f"{error}: trained again", stacklevel=3)
+                shutil.rmtree(place)
+    missing = {key: Job(*key, config) for key in keys if key not in found}
+    if missing:
+        stream = make(sorted({layer for layer, _ in missing}))
+        new = fit(stream, missing, d_in=d_in, device=device, progress=progress)
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "description.json").write_text(text)
+        for (layer, seed), sae in new.items():
+            save(sae, root / f"layer_{layer:02d}_seed_{seed}")
+        found |= new
+    return {key: found[key] for key in keys}
+
+
+def save(sae, folder: Path | str) -> None:
+    """Write an SAE in sae-lens format, whole or not at all; an SAE already there stays."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        sae.save_model(temporary)
+        if not folder.exists():
+            os.replace(temporary, folder)
+    except OSError as error:
+        raise InputError(f"cannot save an SAE in {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.no_grad()
+def random_sae(like, acts: torch.Tensor, seed: int = 0):
+    """The control: an SAE of the class and size of `like` whose directions mean nothing.
+
+    Random unit decoder rows, the encoder their transpose, b_dec the mean of `acts` [N, d_in] (text), and
+    for each feature the bias at which all fire equally often and mean L0 on `acts` equals `like`'s.
+    """
+    from sae_lens import SAE
+
+    l0 = torch.cat([(like.encode(x) > 0).sum(1) for x in acts.split(1024)]).double().mean().item()
+    cfg = replace(
+        like.cfg, metadata=type(like.cfg.metadata)(hook_name=like.cfg.metadata.hook_name, random_seed=seed)
+    )
+    with torch.random.fork_rng(devices=[]):
+        sae = SAE.from_dict(cfg.to_dict())
+    directions = torch.randn(like.cfg.d_sae, like.cfg.d_in, generator=torch.Generator().manual_seed(seed))
+    directions = torch.nn.functional.normalize(directions, dim=1).to(acts)
+    mean = acts.mean(0)
+    n_silent = len(acts) - round(l0 / like.cfg.d_sae * len(acts))
+    centred = (acts - mean).T
+    threshold = [(part @ centred).kthvalue(max(n_silent, 1), dim=1).values for part in directions.split(128)]
+    sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
+    sae.b_dec.data, sae.b_enc.data = mean, -torch.cat(threshold)
+    return _frozen(sae.to(device=like.device, dtype=like.dtype))
+
+
+class Health(NamedTuple):
+    """How well an SAE fits activations; sums go over tokens t and coordinates, x^ is the reconstruction.
+
+    explained_variance = 1 - sum ||x_t - x^_t||^2 / sum ||x_t - mean_t x||^2
+    normalised_mse = sum ||x_t - x^_t||^2 / sum ||x_t||^2
+    l0: mean number of active features per token; alive: features active on at least one token;
+    mean_norm: mean ||x_t|| before `scale`.
+    """
+
+    l0: float
+    explained_variance: float
+    normalised_mse: float
+    alive: int
+    n_tokens: int
+    mean_norm: float
+
+
+def evaluate(sae, token_batches, layer: int, scale: float = 1.0) -> Health:
+    """Health of one SAE on a stream of TokenBatch of one modality; the input is multiplied by `scale`."""
+    return evaluate_all({(layer, 0): sae}, token_batches, {(layer, 0): scale})[layer, 0]
+
+
+def evaluate_all(saes: Mapping[tuple, Any], token_batches, scales: Mapping | None = None) -> dict:
+    """Health of every SAE by its key (layer, ...), in one pass; `scales`: factor on the input by key."""
+    meters = {key: _HealthMeter(sae, (scales or {}).get(key, 1.0)) for key, sae in saes.items()}
+    with _one_thread_each(next(iter(saes.values())).device) as n, ThreadPoolExecutor(n) as pool:
+        for batch in token_batches:
+            list(pool.map(lambda key, acts=batch.acts: meters[key].add(acts[key[0]]), meters))
+    return {key: meter.health(f"the SAE of layer {key[0]}") for key, meter in meters.items()}
+
+
+class _HealthMeter:
+    def __init__(self, sae, scale: float):
+        self.sae, self.scale = sae, scale
+        self.n = self.active = self.error = self.energy = self.norm = self.sum = 0
+        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
+
+    @torch.no_grad()
+    def add(self, acts: torch.Tensor, chunk: int = 1024) -> None:
+        for raw in acts.split(chunk):
+            x = raw.to(self.sae.device) * self.scale
+            f = self.sae.encode(x)
+            active = f > 0
+            self.fired |= active.any(0)
+            self.n += len(x)
+            self.active += active.sum()
+            self.error += (x - self.sae.decode(f)).square().sum(dtype=torch.float64)
+            self.energy += x.square().sum(dtype=torch.float64)
+            self.sum += x.sum(0, dtype=torch.float64)
+            self.norm += raw.norm(dim=1).sum(dtype=torch.float64)
+
+    def health(self, name: str) -> Health:
+        if not self.n:
+            raise InputError(f"no tokens to evaluate {name} on")
+        variance = self.energy - self.sum.square().sum() / self.n
+        ratios = (self.active / self.n, 1 - self.error / variance, self.error / self.energy)
+        return Health(*map(float, ratios), int(self.fired.sum()), self.n, float(self.norm / self.n))
+
+
+def rescale_factor(acts: torch.Tensor, target_norm: float) -> float:
+    """Factor that brings the mean norm of `acts` [N, d] to `target_norm`: the norm an SAE was trained at,
+    `sae.cfg.metadata.trained_norm`, or where that is None (some releases) `Health.mean_norm` on text."""
+    return target_norm / acts.norm(dim=1).double().mean().item()
+
+
+class LossRecovered(NamedTuple):
+    """Mean next-token cross-entropy (nats): as is, with the SAE's output spliced in, with zeros instead.
+
+    recovered = (zero_ablated - spliced) / (zero_ablated - original), 1 if nothing is lost."""
+
+    original: float
+    spliced: float
+    zero_ablated: float
+    recovered: float
+    n_tokens: int
+
+
+@torch.no_grad()
+def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, keep: str = "all") -> dict:
+    """LossRecovered by key, for several SAEs of one layer, over batches of `activations.Inputs`.
+
+    Replaced are the outputs of block `layer` at the tokens the SAE is meant for: `keep` "text", "image"
+    or "all"; never padding or special tokens such as BOS. The loss is over all text targets.
+    """
+    layer = adapter.check_layer(layer)
+    special = set(adapter.tokenizer.all_special_ids) - {adapter.image_token_id}
+    special = torch.tensor(sorted(special), device=adapter.device)
+    replacers = {"original": lambda x: x, "zero": torch.zeros_like}
+    replacers |= {("sae", key): (lambda x, sae=sae: sae(x.float()).to(x)) for key, sae in saes.items()}
+    totals, n_tokens = dict.fromkeys(replacers, 0.0), 0
+    for _, inputs in batches:
+        ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+        image = adapter.image_mask(ids)
+        where = real & ~torch.isin(ids, special) & {"all": real, "text": ~image, "image": image}[keep]
+        target = (real & ~image)[:, 1:] & real[:, :-1]
+        n_tokens += int(target.sum())
+        for name, replacer in replacers.items():
+            with _spliced(adapter.blocks[layer], where, replacer):
+                logits = adapter.forward(inputs).logits
+            totals[name] += torch.nn.functional.cross_entropy(
+                logits[:, :-1][target].float(), ids[:, 1:][target], reduction="sum"
+            ).item()
+    if not n_tokens:
+        raise InputError(f"no text tokens to measure the loss on (layer {layer})")
+    mean = {name: total / n_tokens for name, total in totals.items()}
+    original, zero = mean["original"], mean["zero"]
+    result = {}
+    for key in saes:
+        spliced = mean["sae", key]
+        result[key] = LossRecovered(original, spliced, zero, (zero - spliced) / (zero - original), n_tokens)
+    return result
+
+
+@contextmanager
+def _spliced(block, where: torch.Tensor, replacer):
+    """While open, the block's output at the tokens `where` [B, T] is replacer(output [n, d])."""
+
+    def hook(_module, _inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden.clone()
+        hidden[where] = replacer(hidden[where])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,276 @@
+"""SAEs: the lean training loop against sae-lens's own, saving, sources, controls and measures."""
+
+from dataclasses import replace
+from itertools import cycle
+
+import pytest
+import torch
+
+from mmsae_helpers import saes
+from mmsae_helpers.activations import TokenBatch
+from mmsae_helpers.errors import InputError
+
+D_IN, D_SAE, BATCH = 32, 96, 128
+CONFIG = saes.TrainingConfig(
+    d_sae=D_SAE, l1_coefficient=1.0, lr=1e-3, steps=60, batch_size=BATCH, l1_warm_up_steps=20, norm_batches=4
+)
+
+
+def sparse_acts(n: int, seed: int = 0, d: int = D_IN, directions: int = 64, p: float = 0.05) -> torch.Tensor:
+    """Sparse sums of fixed random directions on a common offset, [n, d]."""
+    fixed, own = torch.Generator().manual_seed(99), torch.Generator().manual_seed(seed)
+    basis = torch.nn.functional.normalize(torch.randn(directions, d, generator=fixed), dim=1)
+    chosen = torch.rand(n, directions, generator=own) < p
+    weights = torch.rand(n, directions, generator=own) + 0.5
+    return 3 * (chosen * weights) @ basis + 0.5
+
+
+def token_batch(acts: dict[int, torch.Tensor]) -> TokenBatch:
+    n = len(next(iter(acts.values())))
+    none = torch.zeros(n, dtype=torch.int64)
+    return TokenBatch(acts, none, torch.arange(n), none, none.bool(), none - 1)
+
+
+def batches(n: int, layers=(0,)):
+    return [{layer: sparse_acts(BATCH, seed=100 * layer + i) for layer in layers} for i in range(n)]
+
+
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
+def test_same_weights_as_sae_lens_trainer(normalize):
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    config = replace(CONFIG, normalize_activations=normalize, lr_warm_up_steps=5, lr_decay_steps=15)
+    stream = batches(config.steps)
+    ours = saes.train(stream, d_in=D_IN, layers=[0], seeds=[3], config=config, progress=False)[0, 3]
+
+    torch.manual_seed(3)
+    theirs = StandardTrainingSAE(
+        StandardTrainingSAEConfig(
+            d_in=D_IN,
+            d_sae=D_SAE,
+            normalize_activations=normalize,
+            l1_coefficient=config.l1_coefficient,
+            l1_warm_up_steps=config.l1_warm_up_steps,
+        )
+    )
+    start = {name: value.clone() for name, value in theirs.state_dict().items()}
+    head = stream[: config.norm_batches] if normalize != "none" else []
+    SAETrainer(
+        SAETrainerConfig(
+            total_training_samples=config.steps * BATCH,
+            train_batch_size_samples=BATCH,
+            lr=config.lr,
+            lr_end=config.lr,
+            lr_warm_up_steps=config.lr_warm_up_steps,
+            lr_decay_steps=config.lr_decay_steps,
+            n_batches_for_norm_estimate=config.norm_batches,
+        ),
+        theirs,
+        cycle([batch[0] for batch in (*head, *stream)]),
+    ).fit()
+    for name, value in theirs.state_dict().items():
+        assert torch.allclose(ours.state_dict()[name], value, atol=2e-4, rtol=1e-3), name
+        assert not torch.allclose(start[name], value, atol=5e-3), f"{name} was not trained"
+
+
+def test_deterministic_and_seeds_and_layers_independent():
+    first = saes.train(
+        batches(60, (1, 4)), d_in=D_IN, layers=[1, 4], seeds=[0, 1], config=CONFIG, progress=False
+    )
+    again = saes.train(batches(60, (4,)), d_in=D_IN, layers=[4], seeds=[1], config=CONFIG, progress=False)
+    for name, value in again[4, 1].state_dict().items():
+        assert torch.equal(first[4, 1].state_dict()[name], value)
+    assert not torch.equal(first[4, 0].W_enc, first[4, 1].W_enc)
+    assert not any(p.requires_grad for p in first[4, 0].parameters())
+
+
+def test_training_does_not_touch_the_global_generator():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    saes.train(batches(60), d_in=D_IN, layers=[0], seeds=[0], config=CONFIG, progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_learns_sparse_code_and_random_control_does_not():
+    config = replace(CONFIG, steps=600, l1_coefficient=0.5, lr=3e-3, b_dec_init="mean")
+    tokens = [token_batch({2: sparse_acts(2048, seed=i)}) for i in range(20)]
+    stream = saes.shuffled(lambda: iter(tokens), BATCH, buffer=8192)
+    sae = saes.train(stream, d_in=D_IN, layers=[2], seeds=[0], config=config, progress=False)[2, 0]
+    held_out = sparse_acts(4096, seed=777)
+    health = saes.evaluate(sae, [token_batch({2: held_out[:3000]}), token_batch({2: held_out[3000:]})], 2)
+    assert health.explained_variance > 0.9 and health.l0 < 20 and health.n_tokens == 4096
+
+    x_hat = sae(held_out)
+    error, spread = (held_out - x_hat).square().sum(), (held_out - held_out.mean(0)).square().sum()
+    assert health.explained_variance == pytest.approx(1 - (error / spread).item(), abs=1e-5)
+    assert health.normalised_mse == pytest.approx((error / held_out.square().sum()).item(), rel=1e-5)
+    assert health.l0 == pytest.approx((sae.encode(held_out) > 0).sum(1).float().mean().item(), rel=1e-6)
+    assert health.alive == int((sae.encode(held_out) > 0).any(0).sum())
+    assert health.mean_norm == pytest.approx(held_out.norm(dim=1).mean().item(), rel=1e-5)
+    assert sae.cfg.metadata.trained_norm == pytest.approx(health.mean_norm, rel=0.05)
+    assert saes.rescale_factor(2 * held_out, health.mean_norm) == pytest.approx(0.5)
+
+    control = saes.random_sae(sae, held_out, seed=1)
+    assert type(control) is type(sae) and control.cfg.d_sae == D_SAE
+    blind = saes.evaluate(control, [token_batch({2: held_out})], 2)
+    assert blind.l0 == pytest.approx(health.l0, rel=0.02)
+    assert blind.explained_variance < health.explained_variance - 0.3
+    assert not torch.equal(control.W_dec, saes.random_sae(sae, held_out, seed=2).W_dec)
+
+
+def test_several_penalties_on_one_stream():
+    jobs = {lam: saes.Job(0, 0, replace(CONFIG, l1_coefficient=lam)) for lam in (0.1, 5.0)}
+    trained = saes.fit(batches(60), jobs, d_in=D_IN, progress=False)
+    x = sparse_acts(1000, seed=5)
+    l0 = {lam: (sae.encode(x) > 0).sum(1).float().mean() for lam, sae in trained.items()}
+    assert l0[0.1] > l0[5.0]
+
+
+def test_autocast_is_close():
+    exact = saes.train(batches(60), d_in=D_IN, layers=[0], seeds=[0], config=CONFIG, progress=False)[0, 0]
+    config = replace(CONFIG, autocast=True)
+    fast = saes.train(batches(60), d_in=D_IN, layers=[0], seeds=[0], config=config, progress=False)[0, 0]
+    assert exact.W_dec.dtype == fast.W_dec.dtype == torch.float32
+    x = sparse_acts(500, seed=5)
+    assert (exact(x) - fast(x)).square().sum() < 1e-2 * x.square().sum()
+
+
+def test_shuffled_keeps_layers_aligned_and_every_token_once():
+    ids = torch.arange(1000.0).unsqueeze(1)
+    stream = [token_batch({0: part, 3: part + 5000}) for part in ids.split(70)]
+    mixed = list(saes.shuffled(iter(stream), 50, buffer=300, seed=1))
+    assert all(len(b[0]) == 50 and torch.equal(b[0] + 5000, b[3]) for b in mixed)
+    seen = torch.cat([b[0] for b in mixed]).flatten()
+    assert len(seen) == 1000 and torch.equal(seen.sort().values, ids.flatten())
+    assert not torch.equal(seen, ids.flatten())
+    replayed = saes.shuffled(lambda: iter(stream), 50, buffer=300, seed=1)
+    assert len([b for b, _ in zip(replayed, range(100), strict=False)]) == 100
+    assert list(saes.shuffled(iter([]), 50)) == [] and list(saes.shuffled(lambda: [], 50)) == []
+
+
+def test_obtain_trains_only_what_is_missing_and_reloads_equal(tmp_path):
+    made = []
+
+    def make(layers):
+        made.append(layers)
+        return batches(60, layers)
+
+    given = dict(d_in=D_IN, folder=tmp_path, description={"text": "a"}, config=CONFIG, make=make)
+    first = saes.obtain("train", layers=[0, 2], seeds=[0, 1], progress=False, **given)
+    again = saes.obtain("train", layers=[0, 2, 3], seeds=[0, 1], progress=False, **given)
+    assert made == [[0, 2], [3]] and list(again) == [(k, s) for k in (0, 2, 3) for s in (0, 1)]
+    x = sparse_acts(50)
+    for key, sae in first.items():
+        assert torch.equal(sae.encode(x), again[key].encode(x))
+        assert again[key].cfg.metadata.trained_norm == sae.cfg.metadata.trained_norm
+        assert not again[key].W_enc.requires_grad
+    other = saes.obtain("train", layers=[0], progress=False, **{**given, "description": {"text": "b"}})
+    assert made[-1] == [0] and list(other) == [(0, 0)]
+
+    [root] = [p.parent for p in tmp_path.glob("*/layer_03_seed_0")]
+    from_folder = saes.obtain(str(root), d_in=D_IN, layers=[2], seeds=[0, 1])
+    assert torch.equal(from_folder[2, 1].encode(x), first[2, 1].encode(x))
+
+    weights = root / "layer_00_seed_0" / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot read the SAE in .*layer_00_seed_0"):
+        saes.obtain(str(root), d_in=D_IN, layers=[0])
+    with pytest.warns(UserWarning, match="trained again"):
+        repaired = saes.obtain("train", layers=[0], progress=False, **given)
+    assert torch.equal(repaired[0, 0].W_enc, first[0, 0].W_enc) and not list(root.glob(".layer*"))
+
+
+def test_folder_with_sae_lens_ids_has_one_sae_a_layer(tmp_path):
+    sae = saes.train(batches(60), d_in=D_IN, layers=[0], seeds=[0], config=CONFIG, progress=False)[0, 0]
+    saes.save(sae, tmp_path / "blocks.6.hook_resid_post")
+    found = saes.obtain(str(tmp_path), d_in=D_IN, layers=[6], seeds=[4, 5])
+    assert list(found) == [(6, 4)]
+    with pytest.raises(InputError, match="32 wide, but the model's are 64 wide"):
+        saes.obtain(str(tmp_path), d_in=64, layers=[6])
+    with pytest.raises(InputError, match="no SAE for layer 7"):
+        saes.obtain(str(tmp_path), d_in=D_IN, layers=[7])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", "no such folder"),
+        ("./none", "no such folder"),
+        ("no-such-release", "no-such-release"),
+    ],
+)
+def test_bad_source_is_one_clear_line(source, message):
+    with pytest.raises(InputError, match=message) as error:
+        saes.obtain(source, d_in=D_IN, layers=[0])
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_id_of_a_release():
+    with pytest.raises(InputError, match="blocks.3.hook_resid_post"):
+        saes.obtain("gemma-2b-res-jb", d_in=2048, layers=[3])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"d_sae": 0},
+        {"steps": 1.5},
+        {"lr": 0.0},
+        {"l1_coefficient": -1.0},
+        {"architecture": "gated"},
+        {"normalize_activations": "layer_norm"},
+        {"lr_decay_steps": 61},
+    ],
+)
+def test_bad_config(change):
+    with pytest.raises(InputError):
+        replace(CONFIG, **change)
+
+
+def test_stream_too_short_or_too_narrow():
+    with pytest.raises(InputError, match="ended after 10 of 60 steps"):
+        saes.train(batches(10), d_in=D_IN, layers=[0], seeds=[0], config=CONFIG, progress=False)
+    with pytest.raises(InputError, match="32 wide, but d_in is 16"):
+        saes.train(batches(10), d_in=16, layers=[0], seeds=[0], config=CONFIG, progress=False)
+
+
+def test_loss_recovered():
+    from types import SimpleNamespace
+
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    model = GemmaForCausalLM(
+        GemmaConfig(vocab_size=40, hidden_size=D_IN, intermediate_size=48, initializer_range=0.3, **sizes)
+    ).eval()
+    adapter = SimpleNamespace(
+        blocks=model.model.layers,
+        check_layer=int,
+        device=torch.device("cpu"),
+        image_token_id=7,
+        tokenizer=SimpleNamespace(all_special_ids=[0, 1, 7]),
+        image_mask=lambda ids: ids == 7,
+        forward=lambda inputs: model(**inputs),
+    )
+    ids = torch.randint(8, 40, (4, 12))
+    ids[:, 0], ids[:, 1:3], ids[3, 8:] = 1, 7, 0
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+    identity = lambda x: x  # noqa: E731
+    found = saes.loss_recovered(
+        adapter, {"same": identity, "zero": torch.zeros_like}, 1, [(torch.arange(4), inputs)]
+    )
+    assert found["same"].recovered == 1 and found["zero"].recovered == 0
+    assert found["same"].n_tokens == 4 * 9 - 4
+    labels = ids.masked_fill((ids == 0) | (ids == 7), -100)
+    expected = torch.nn.functional.cross_entropy(
+        model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    assert found["same"].original == pytest.approx(expected.item(), rel=1e-5)
+    image = saes.loss_recovered(adapter, {0: torch.zeros_like}, 1, [(torch.arange(4), inputs)], keep="image")
+    assert image[0].zero_ablated != found["zero"].zero_ablated
+    assert not model.model.layers[1]._forward_hooks
