@@ -1,0 +1,161 @@
+"""The stream of residual activations: several hook points in one pass, stopping after the last hooked block.
+
+Block outputs are read by forward hooks (``blocks.L.hook_resid_post``), never from ``hidden_states``, whose
+last entry transformers returns after the final norm. Shapes: B inputs, T positions (padded right), N kept
+tokens.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+
+from mmsae_helpers.errors import InputError
+
+Keep = Literal["image", "text", "all", "after_image"]
+Reading = Literal["corrected", "as_published"]
+PUBLISHED_IMAGE_START = 4  # paper A's code took image tokens as positions 4 to 579 (METHODS A.3 b)
+
+
+class Inputs(NamedTuple):
+    """One batch for the model: sample ids [B] int64 and the keyword arguments of its forward."""
+
+    sample: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+
+
+class TokenBatch(NamedTuple):
+    """Kept tokens of whole samples, in reading order; all tensors on the CPU."""
+
+    acts: dict[int, torch.Tensor]  # layer -> residual after that block [N, d_model] float32
+    sample: torch.Tensor  # sample id [N] int64
+    position: torch.Tensor  # position in the sequence [N] int64
+    token: torch.Tensor  # input id [N] int64
+    is_image: torch.Tensor  # [N] bool
+    patch: torch.Tensor  # patch index row * columns + column [N] int64, -1 for text
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last hooked block."""
+
+
+@contextmanager
+def hooked(
+    adapter, layers: Iterable[int], reading: Reading = "corrected"
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Hook decoder blocks; one `run` inside the context fills the dict yielded: layer -> [B, T, d_model].
+
+    ``as_published`` reads each block's input instead of its output (METHODS A.3 a). A second forward inside
+    one context raises RuntimeError rather than overwrite what the first stored. Raises InputError for a
+    layer out of range or no layers at all.
+    """
+    layers = sorted({adapter.check_layer(layer) for layer in layers})
+    if not layers:
+        raise InputError("no layers to read: give at least one layer number")
+    _check("reading", reading, Reading)
+    found: dict[int, torch.Tensor] = {}
+
+    def store(layer: int, residual: torch.Tensor) -> None:
+        if layer in found:
+            raise RuntimeError(f"block {layer} ran twice in one hooked context; run one forward per context")
+        found[layer] = residual
+        if layer == layers[-1]:
+            raise _Stop
+
+    def hook(layer: int):
+        if reading == "as_published":
+
+            def before(_block, args, kwargs):
+                store(layer, args[0] if args else kwargs["hidden_states"])
+
+            return adapter.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+
+        def after(_block, _args, output):
+            store(layer, output[0] if isinstance(output, tuple) else output)
+
+        return adapter.blocks[layer].register_forward_hook(after)
+
+    handles = []
+    try:
+        handles.extend(hook(layer) for layer in layers)
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(adapter, inputs: dict[str, torch.Tensor]) -> None:
+    """Forward without gradients inside a `hooked` context; ends after the last hooked block."""
+    try:
+        with torch.no_grad():
+            adapter.forward(inputs)
+    except _Stop:
+        pass
+
+
+def stream(
+    adapter,
+    batches: Iterable[Inputs],
+    layers: Iterable[int],
+    keep: Keep = "image",
+    reading: Reading = "corrected",
+    keep_special: bool = False,
+) -> Iterator[TokenBatch]:
+    """Residuals of the kept tokens, one TokenBatch per input batch, all layers from one pass.
+
+    ``keep``: image tokens, text tokens (special ones such as BOS only with ``keep_special``), all, or per
+    sample the first text token after the image (paper A's "EoI"). Padding is never kept. ``as_published``
+    takes the block's input, and as image tokens a fixed range of positions from 4 on, whatever they are
+    (METHODS A.3 a, b).
+    """
+    layers = list(layers)
+    _check("keep", keep, Keep)
+    for sample, inputs in batches:
+        with hooked(adapter, layers, reading) as found:
+            run(adapter, inputs)
+        is_image, patch = _image_positions(adapter, inputs["input_ids"], reading)
+        mask = _kept(adapter, inputs, is_image, keep, keep_special)
+        row, position = (i.cpu() for i in mask.nonzero(as_tuple=True))
+        yield TokenBatch(
+            acts={layer: found[layer][mask].float().cpu() for layer in found},
+            sample=sample.cpu()[row],
+            position=position,
+            token=inputs["input_ids"][mask].cpu(),
+            is_image=is_image[mask].cpu(),
+            patch=patch[mask].cpu(),
+        )
+
+
+def _image_positions(adapter, ids_bt: torch.Tensor, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions the reading takes for image tokens [B, T] bool, and their patch [B, T] (-1 elsewhere)."""
+    if adapter.image_token_id is None:
+        return torch.zeros_like(ids_bt, dtype=torch.bool), torch.full_like(ids_bt, -1)
+    is_image = adapter.image_mask(ids_bt)
+    if reading == "corrected":
+        return is_image, adapter.patch_index(ids_bt)
+    offset = torch.arange(ids_bt.shape[1], device=ids_bt.device) - PUBLISHED_IMAGE_START
+    taken = (offset >= 0) & (offset < is_image.sum(dim=1, keepdim=True))
+    return taken, torch.where(taken, offset, -1)
+
+
+def _kept(adapter, inputs, is_image: torch.Tensor, keep: Keep, keep_special: bool) -> torch.Tensor:
+    ids = inputs["input_ids"]
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    if keep == "image":
+        return real & is_image
+    if keep == "all":
+        return real
+    if keep == "after_image":
+        order = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(is_image, order, -1).amax(dim=1, keepdim=True)
+        return real & (last >= 0) & (order == last + 1)
+    text = real & ~is_image
+    if not keep_special:
+        text &= ~torch.isin(ids, torch.tensor(sorted(adapter.tokenizer.all_special_ids), device=ids.device))
+    return text
+
+
+def _check(name: str, value: str, allowed) -> None:
+    if value not in allowed.__args__:
+        raise InputError(f"{name} is {value!r}: choose one of {', '.join(allowed.__args__)}")

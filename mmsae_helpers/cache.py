@@ -1,0 +1,236 @@
+"""The shard cache: activations on disk, content-addressed by what made them, checksummed, resumable.
+
+    root/<hash of the description>/description.json
+    root/<hash of the description>/layer_07/samples_000500-001000.safetensors
+
+A shard is one layer's residuals of a range of samples with sample id, position, token, modality and patch
+beside every token, and a SHA-256 of all that in its own header: one atomic rename commits it, and several
+notebooks may fill one folder at a time.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from mmsae_helpers.activations import TokenBatch
+from mmsae_helpers.errors import InputError
+
+_INT = ("sample", "position", "token", "patch")
+_BESIDE = (*_INT, "is_image")
+
+
+class ShardCache:
+    """Activations of one pass; ``description`` (JSON) says which: model, data, prompt, keep, reading...
+
+    The description leaves out layers and batch size, so a notebook that needs other layers of the same pass
+    finds the shards there are. ``dtype`` (stored; yielded values are float32) is added to it: "float32", or
+    "bfloat16" / "float16" for a model that ran so. ``computed`` and ``reused`` count shard files (layers x
+    sample ranges).
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        description: dict,
+        layers: Iterable[int],
+        shard_samples: int = 500,
+        dtype: str = "float32",
+    ):
+        self.layers = sorted(set(layers))
+        self.shard_samples = shard_samples
+        self.dtype = getattr(torch, dtype)
+        self.description = {**description, "stored_dtype": dtype}
+        self.folder = Path(root) / fingerprint(self.description)[:16]
+        self.computed = self.reused = 0
+
+    def tokens(
+        self, make: Callable[[int, int, list[int]], Iterator[TokenBatch]], n_samples: int
+    ) -> Iterator[TokenBatch]:
+        """One TokenBatch per shard, in order: from disk where valid, else made, stored, then yielded.
+
+        ``make(start, stop, layers)`` streams samples start to stop - 1; it is called for the layers that
+        are missing. A shard that is truncated or altered is reported in one line and made again. Raises
+        InputError when the disk is full.
+        """
+        self._prepare()
+        for start in range(0, n_samples, self.shard_samples):
+            stop = min(start + self.shard_samples, n_samples)
+            shards = {layer: self._load(self._path(layer, start, stop)) for layer in self.layers}
+            missing = [layer for layer in self.layers if shards[layer] is None]
+            if missing:
+                made = _concatenate(list(make(start, stop, missing)), missing)
+                for layer in missing:
+                    shards[layer] = self._pack(made, layer)
+                    self._save(self._path(layer, start, stop), shards[layer])
+            self.computed += len(missing)
+            self.reused += len(self.layers) - len(missing)
+            yield self._merge(shards, start, stop)
+
+    def _path(self, layer: int, start: int, stop: int) -> Path:
+        return self.folder / f"layer_{layer:02d}" / f"samples_{start:06d}-{stop:06d}.safetensors"
+
+    def _prepare(self) -> None:
+        clear = json.dumps(self.description, indent=1, sort_keys=True)
+        _write(self.folder / "description.json", clear.encode())
+        for left in self.folder.glob("*/*.tmp-*"):  # of a run that was killed
+            if not _alive(int(left.name.rsplit("-", 1)[1])):
+                left.unlink(missing_ok=True)
+
+    def _pack(self, made: TokenBatch, layer: int) -> dict[str, torch.Tensor]:
+        acts = made.acts[layer].to(self.dtype)
+        return {"acts": acts, "is_image": made.is_image, **{k: getattr(made, k).int() for k in _INT}}
+
+    def _save(self, path: Path, shard: dict[str, torch.Tensor]) -> None:
+        _write(path, save(shard, metadata={"sha256": _digest(shard)}))
+
+    def _load(self, path: Path) -> dict[str, torch.Tensor] | None:
+        """The shard, or None when there is none or its checksum is wrong."""
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                shard = {name: file.get_tensor(name) for name in file.keys()}
+                if (file.metadata() or {}).get("sha256") == _digest(shard):
+                    return shard
+            reason = "its content does not match its checksum"
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = str(error)
+        warnings.warn(f"damaged shard {path} will be made again: {reason}", stacklevel=3)
+        return None
+
+    def _merge(self, shards: dict[int, dict[str, torch.Tensor]], start: int, stop: int) -> TokenBatch:
+        first = shards[self.layers[0]]
+        for layer, shard in shards.items():
+            if not all(torch.equal(shard[k], first[k]) for k in _BESIDE):
+                raise InputError(
+                    f"layers {self.layers[0]} and {layer} of samples {start}-{stop} in {self.folder} hold "
+                    "different tokens: the data changed but its description did not; delete that folder"
+                )
+        beside = {k: first[k].long() for k in _INT}
+        acts = {layer: shard["acts"].float() for layer, shard in shards.items()}
+        return TokenBatch(acts=acts, is_image=first["is_image"], **beside)
+
+
+def _concatenate(batches: list[TokenBatch], layers: list[int]) -> TokenBatch:
+    if not batches:
+        raise InputError("the activation pass gave no batch for a shard: is the data set empty?")
+    acts = {layer: torch.cat([b.acts[layer] for b in batches]) for layer in layers}
+    return TokenBatch(acts, **{k: torch.cat([getattr(b, k) for b in batches]) for k in _BESIDE})
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write atomically: a reader sees the whole file or none, and a failure leaves nothing behind."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        temporary.unlink(missing_ok=True)  # before asking how much is free
+        raise InputError(
+            f"disk full: {path} needs {len(data) / 2**20:.1f} MiB, {_free(path) / 2**20:.1f} MiB free; "
+            "make room and run again (finished shards are kept)"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _free(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def fingerprint(thing) -> str:
+    """SHA-256 of content, equal in every process.
+
+    A checkpoint folder (its configs and weights), a model or adapter (weights, config, image processor), a
+    ``datasets.Dataset`` (its rows: image bytes, or path, size and time of image files), or anything that
+    goes into JSON, such as a string of your own.
+    """
+    sha = hashlib.sha256()
+    image_processor = getattr(getattr(thing, "processor", None), "image_processor", None)
+    if not hasattr(thing, "state_dict"):  # an adapter; models have a .model too
+        thing = getattr(thing, "model", thing)
+    if isinstance(thing, (str, Path)) and Path(thing).is_dir():
+        names = sorted(p for p in Path(thing).iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
+        for path in names:
+            sha.update(path.name.encode())
+            with open(path, "rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+    elif hasattr(thing, "state_dict"):
+        sha.update(_digest(thing.state_dict()).encode())
+        for part in (getattr(thing, "config", None), image_processor):
+            settings = _without_place(part.to_dict()) if part is not None else None
+            sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    elif hasattr(thing, "with_format"):
+        rows = thing.with_format("arrow")
+        sha.update(repr(rows.column_names).encode())
+        for table in rows.iter(batch_size=256):
+            for column in table.columns:
+                _feed(sha, column.to_pylist())
+    else:
+        sha.update(json.dumps(thing, sort_keys=True).encode())
+    return sha.hexdigest()
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _without_place(settings):
+    """Nested settings without what depends on where, and whether, they were saved."""
+    if isinstance(settings, dict):
+        left_out = ("_name_or_path", "transformers_version", "architectures", "dtype")
+        return {k: _without_place(v) for k, v in settings.items() if k not in left_out}
+    return settings
+
+
+def _feed(sha, value) -> None:
+    if isinstance(value, bytes):
+        sha.update(f"{len(value)} ".encode() + value)
+    elif isinstance(value, list):
+        sha.update(f"{len(value)} ".encode())
+        for item in value:
+            _feed(sha, item)
+    elif isinstance(value, dict) and set(value) == {"bytes", "path"}:  # an image
+        if value["bytes"] is None and value["path"] and os.path.exists(value["path"]):
+            status = os.stat(value["path"])
+            sha.update(f"{value['path']} {status.st_size} {status.st_mtime_ns} ".encode())
+        else:
+            _feed(sha, value["bytes"] or value["path"])
+    else:
+        sha.update(repr(value).encode())

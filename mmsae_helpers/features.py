@@ -1,0 +1,340 @@
+"""Sparse feature reductions: what leaves the encoder, and everything the notebooks compute from it.
+
+Token features are a ``scipy.sparse.csr_matrix`` [tokens, d_sae], float32, of the positive activations,
+columns ascending. A dense [tokens, d_sae] array larger than one chunk exists nowhere. Wherever features of
+one token are ranked, ties go to the lowest feature index and inactive features never count. Sums run in
+float64, in token order, so pooling in chunks equals pooling at once bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from mmsae_helpers.errors import InputError
+
+POOLINGS = (None, 1, 3, 5, 10, 50)  # paper A: sum over tokens, and top-N
+_LOW = np.int64(2**31 - 1)
+
+
+class Pooled(NamedTuple):
+    """A row per sample: ``values`` sums the kept activations (float32), ``counts`` the tokens that kept them.
+
+    Both are csr [samples, d_sae] over the same entries. ``counts`` is paper A's as-published top-N;
+    ``counts > 0`` its binarised form.
+    """
+
+    values: sp.csr_matrix
+    counts: sp.csr_matrix
+
+
+class PooledSamples(NamedTuple):
+    """Result of a `PoolStream`: sample ids [S] (int64) in row order, and one `Pooled` per requested N."""
+
+    sample: np.ndarray
+    pooled: dict[int | None, Pooled]
+
+
+class Share(NamedTuple):
+    """Per requested feature: activation summed over the object's patches, and over all patches (float64)."""
+
+    on_object: np.ndarray
+    total: np.ndarray
+
+
+# ---------------------------------------------------------------- encoder to sparse
+
+
+def to_csr(z) -> sp.csr_matrix:
+    """Keep the positive entries of a dense [tokens, d_sae] array or CPU/GPU tensor."""
+    if hasattr(z, "detach"):
+        z = z.detach().float()
+        if z.device.type != "cpu":
+            flat = (z.reshape(-1) > 0).nonzero().squeeze(1)
+            return _from_flat(flat.cpu().numpy(), z.reshape(-1)[flat].cpu().numpy(), tuple(z.shape))
+        z = z.numpy()
+    z = np.ascontiguousarray(z, dtype=np.float32)
+    n, d = z.shape
+    step = max(1, 2**18 // max(d, 1))  # 16 rows of 16,384: the comparison's result stays in cache
+    flats, values = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    for start in range(0, n, step):
+        block = z[start : start + step].reshape(-1)
+        flat = np.flatnonzero(block > 0)
+        values.append(block[flat])
+        flat += start * d
+        flats.append(flat)
+    return _from_flat(np.concatenate(flats), np.concatenate(values), (n, d))
+
+
+def _from_flat(flat: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> sp.csr_matrix:
+    """Csr from ascending flat positions row * d + column."""
+    n, d = shape
+    indptr = np.searchsorted(flat, np.arange(n + 1) * d)
+    columns = flat - np.repeat(np.arange(n) * d, np.diff(indptr))
+    return sp.csr_matrix((values, columns.astype(np.int32), indptr), shape=shape, copy=False)
+
+
+def encode(sae, acts, scale: float = 1.0, chunk: int = 2048) -> sp.csr_matrix:
+    """Token features of residuals ``acts`` [tokens, d_model] under ``sae`` (anything with ``encode``).
+
+    ``scale`` multiplies the residuals first (see `saes.rescale_factor`). Dense only for ``chunk`` tokens at
+    a time. Raises InputError when a residual is not finite.
+    """
+    import torch
+
+    weight = next(iter(sae.parameters()), None) if hasattr(sae, "parameters") else None
+    parts = []
+    with torch.no_grad():
+        for start in range(0, max(len(acts), 1), chunk):
+            x = acts[start : start + chunk]
+            if weight is not None:
+                x = x.to(weight.device, weight.dtype)
+            if not torch.isfinite(x).all():
+                raise InputError(
+                    f"activations of tokens {start} to {start + len(x) - 1} hold NaN or infinity: "
+                    "run the model in float32 or bfloat16 (parameter dtype)"
+                )
+            parts.append(to_csr(sae.encode(x * scale if scale != 1.0 else x)))
+    return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
+
+
+# ---------------------------------------------------------------- ranking within a token
+
+
+def _keys(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Int64 keys that rank features of a token: by value (positive floats sort as ints), then low column."""
+    return (values.view(np.int32).astype(np.int64) << 32) | (_LOW - columns)
+
+
+def _top_keys(features: sp.csr_matrix, n: int, start: int, stop: int, step: int = 512) -> np.ndarray:
+    """Keys of the n largest features of tokens start to stop [rows, n], descending, then 0."""
+    out = np.zeros((stop - start, n), np.int64)
+    for lo in range(start, stop, step):
+        hi = min(lo + step, stop)
+        count = np.diff(features.indptr[lo : hi + 1])
+        width = int(count.max(initial=0))
+        if width == 0:
+            continue
+        entries = slice(features.indptr[lo], features.indptr[hi])
+        padded = np.zeros((hi - lo, width), np.int64)
+        padded[np.arange(width) < count[:, None]] = _keys(features.data[entries], features.indices[entries])
+        if width > 2 * n:
+            padded.partition(width - n, axis=1)
+            padded = padded[:, -n:]
+        padded.sort(axis=1)
+        k = min(n, width)
+        out[lo - start : hi - start, :k] = padded[:, : -k - 1 : -1]
+    return out
+
+
+def top_n(features: sp.csr_matrix, n: int) -> sp.csr_matrix:
+    """The n largest features of every token (paper A's top-N); a token with fewer active keeps those."""
+    threshold = _top_keys(features, n, 0, features.shape[0])[:, -1]
+    count = np.diff(features.indptr)
+    kept = _keys(features.data, features.indices) >= np.repeat(threshold, count)
+    indptr = np.concatenate([[0], np.cumsum(kept)])[features.indptr]
+    return sp.csr_matrix((features.data[kept], features.indices[kept], indptr), shape=features.shape)
+
+
+def retrieve_top1(features: sp.csr_matrix) -> np.ndarray:
+    """Index of each token's largest feature [tokens] int64, -1 where none is active (paper A, retrieval)."""
+    key = _top_keys(features, 1, 0, features.shape[0])[:, 0]
+    return np.where(key > 0, _LOW - (key & _LOW), -1)
+
+
+# ---------------------------------------------------------------- pooling over the tokens of a sample
+
+
+def pool_all(features: sp.csr_matrix, sample_rows, n_samples: int, ns: Sequence = POOLINGS) -> dict:
+    """Pool tokens into samples for every N of ``ns`` in one pass (None: sum over all active features).
+
+    ``sample_rows`` [tokens]: row of each token's sample, 0 to n_samples - 1, in any order. Returns {N:
+    Pooled}. Temporary memory is that of a few samples, whatever their number.
+    """
+    rows = np.asarray(sample_rows, np.int64)
+    if len(rows) != features.shape[0]:
+        raise ValueError(f"{features.shape[0]} tokens but {len(rows)} sample rows")
+    if len(rows) and np.any(rows[1:] < rows[:-1]):
+        order = np.argsort(rows, kind="stable")
+        rows, features = rows[order], features[order]
+    if len(rows) and (rows[0] < 0 or rows[-1] >= n_samples):
+        raise ValueError(f"sample rows {rows[0]} to {rows[-1]} outside 0 to {n_samples - 1}")
+    d = features.shape[1]
+    step = max(1, 2**16 // d)  # accumulators of one block stay in the second-level cache
+    parts = {n: [] for n in ns}
+    for first in range(0, n_samples, step):
+        last = min(first + step, n_samples)
+        lo, hi = np.searchsorted(rows, [first, last])
+        base = (rows[lo:hi] - first) * d
+        for n, flat, values in _kept(features, lo, hi, base, (last - first) * d, ns):
+            parts[n].append(_sum(flat, values, last - first, d))
+    return {n: _stack(p, d) for n, p in parts.items()}
+
+
+def _kept(features, lo, hi, base, overflow, ns) -> Iterator[tuple]:
+    """Per N: flat (sample, feature) positions and activations kept, in token order; padding: ``overflow``."""
+    numbers = [n for n in ns if n is not None]
+    if None in ns:
+        entries = slice(features.indptr[lo], features.indptr[hi])
+        flat = np.repeat(base, np.diff(features.indptr[lo : hi + 1])) + features.indices[entries]
+        yield None, flat, features.data[entries]
+    if numbers:
+        keys = _top_keys(features, max(numbers), lo, hi)
+        values = (keys >> 32).astype(np.int32).view(np.float32)
+        flat = np.where(keys > 0, base[:, None] + (_LOW - (keys & _LOW)), overflow)
+        for n in numbers:
+            yield n, flat[:, :n].reshape(-1), values[:, :n].reshape(-1)
+
+
+def _sum(flat, values, n_samples, d) -> Pooled:
+    size = n_samples * d
+    count = np.bincount(flat, minlength=size + 1)[:size]
+    position = np.flatnonzero(count > 0)
+    total = np.bincount(flat, weights=values, minlength=size + 1)[position]
+    summed = _from_flat(position, total.astype(np.float32), (n_samples, d))
+    return _pair(summed, count[position].astype(np.int32))
+
+
+def _pair(values: sp.csr_matrix, count: np.ndarray) -> Pooled:
+    """Pooled whose two matrices share their index arrays."""
+    counts = sp.csr_matrix((count, values.indices, values.indptr), shape=values.shape, copy=False)
+    return Pooled(values, counts)
+
+
+def _stack(parts: list[Pooled], d: int) -> Pooled:
+    if not parts:
+        return _pair(sp.csr_matrix((0, d), dtype=np.float32), np.empty(0, np.int32))
+    if len(parts) == 1:
+        return parts[0]
+    values = sp.vstack([p.values for p in parts], format="csr")
+    return _pair(values, np.concatenate([p.counts.data for p in parts]))
+
+
+def pool(features: sp.csr_matrix, sample_rows, n_samples: int, n: int | None = None) -> Pooled:
+    """`pool_all` for a single N (None: sum over all active features)."""
+    return pool_all(features, sample_rows, n_samples, (n,))[n]
+
+
+class PoolStream:
+    """Pools a stream of token features; holds nothing but the pooled result.
+
+    ``add`` takes whole samples: all tokens of a sample in one call (raises ValueError when a sample comes
+    back). ``result`` returns what was pooled since the last call and forgets it.
+    """
+
+    def __init__(self, ns: Sequence = POOLINGS):
+        self.ns = tuple(ns)
+        self._seen = _Once()
+        self._parts: list[PooledSamples] = []
+
+    def add(self, features: sp.csr_matrix, sample) -> None:
+        """``features`` csr [tokens, d_sae], ``sample`` [tokens] sample ids."""
+        ids, rows = np.unique(np.asarray(sample), return_inverse=True)
+        self._seen(ids)
+        self._parts.append(PooledSamples(ids, pool_all(features, rows, len(ids), self.ns)))
+
+    def result(self) -> PooledSamples:
+        """Rows in the order in which samples came (ascending id within one ``add``)."""
+        parts, self._parts = self._parts, []
+        if not parts:
+            raise ValueError("nothing was pooled: the stream gave no tokens")
+        d = next(iter(parts[0].pooled.values())).values.shape[1]
+        sample = np.concatenate([p.sample for p in parts])
+        return PooledSamples(sample, {n: _stack([p.pooled.pop(n) for p in parts], d) for n in self.ns})
+
+
+class _Once:
+    """Refuses a sample that comes a second time: its tokens would be counted as another sample's."""
+
+    def __init__(self):
+        self._ids: set[int] = set()
+
+    def __call__(self, ids: np.ndarray) -> None:
+        new = set(ids.tolist())
+        if again := self._ids & new:
+            raise ValueError(f"sample {min(again)} came twice: give all tokens of a sample in one call")
+        self._ids |= new
+
+
+# ---------------------------------------------------------------- retrieval, paper A section 1
+
+
+class OccurrenceCounter:
+    """Counts, per class and feature, the images whose tokens retrieve the feature.
+
+    ``labels`` [samples]: class of every sample id. ``counts`` [n_classes, d_sae] int64. Whole samples per
+    ``add``.
+    """
+
+    def __init__(self, labels, n_classes: int, d_sae: int):
+        self.labels = np.asarray(labels, np.int64)
+        self.counts = np.zeros((n_classes, d_sae), np.int64)
+        self._seen = _Once()
+
+    def add(self, top1, sample) -> None:
+        """``top1`` [tokens] from `retrieve_top1` (-1 is no feature), ``sample`` [tokens] sample ids."""
+        top1, sample = np.asarray(top1, np.int64), np.asarray(sample, np.int64)
+        self._seen(np.unique(sample))
+        d = self.counts.shape[1]
+        pairs = np.unique((sample * d + top1)[top1 >= 0])  # an image retrieves a feature or does not
+        np.add.at(self.counts, (self.labels[pairs // d], pairs % d), 1)
+
+    @property
+    def images_per_feature(self) -> np.ndarray:
+        """Number of images, of any class, that retrieve each feature [d_sae]."""
+        return self.counts.sum(axis=0)
+
+
+def occurrences(top1, sample, labels, n_classes: int, d_sae: int) -> np.ndarray:
+    """Images of each class that retrieve each feature [n_classes, d_sae]; see `OccurrenceCounter`."""
+    counter = OccurrenceCounter(labels, n_classes, d_sae)
+    counter.add(top1, sample)
+    return counter.counts
+
+
+def clean(counts, max_images: int) -> np.ndarray:
+    """Paper A's cleaning: bool [d_sae], False for features that more than ``max_images`` images retrieve."""
+    counts = np.asarray(counts)
+    return (counts.sum(axis=0) if counts.ndim == 2 else counts) <= max_images
+
+
+# ---------------------------------------------------------------- chosen features
+
+
+def _chosen(features: sp.csr_matrix, wanted) -> tuple[np.ndarray, ...]:
+    """Entries of wanted columns: token, place among the distinct wanted, value; then each wanted's place."""
+    distinct, place = np.unique(np.asarray(wanted, np.int64), return_inverse=True)
+    lookup = np.full(features.shape[1], -1, np.int64)
+    lookup[distinct] = np.arange(len(distinct))
+    column = lookup[features.indices]
+    entry = np.flatnonzero(column >= 0)
+    token = np.searchsorted(features.indptr, entry, side="right") - 1
+    return token, column[entry], features.data[entry], place
+
+
+def max_per_sample(features: sp.csr_matrix, sample, wanted) -> np.ndarray:
+    """Largest activation of every wanted feature over each sample's tokens, float32 [samples, len(wanted)].
+
+    Rows are the distinct ids of ``sample`` [tokens], ascending.
+    """
+    ids, rows = np.unique(np.asarray(sample), return_inverse=True)
+    token, column, value, place = _chosen(features, wanted)
+    out = np.zeros((len(ids), place.max(initial=-1) + 1), np.float32)
+    np.maximum.at(out, (rows[token], column), value)
+    return out[:, place]
+
+
+def share_on_object(features: sp.csr_matrix, sample, patch, object_patch_mask, wanted) -> Share:
+    """How much of each feature of ``wanted`` falls on the object's patches; sums of chunks add up.
+
+    ``patch`` [tokens]: patch index, -1 for tokens that show none (left out of both sums).
+    ``object_patch_mask`` [samples, patches]: row = sample id; bool, or the covered fraction of each patch.
+    """
+    patch, sample = np.asarray(patch), np.asarray(sample)
+    cover = np.asarray(object_patch_mask)[sample, np.maximum(patch, 0)] * (patch >= 0)
+    token, column, value, place = _chosen(features, wanted)
+    width = place.max(initial=-1) + 1
+    on_object = np.bincount(column, weights=value * cover[token].astype(np.float64), minlength=width)
+    total = np.bincount(column, weights=value * (patch[token] >= 0), minlength=width)
+    return Share(on_object[place], total[place])
