@@ -3,12 +3,12 @@
     python tests/benchmarks/bench_pooling.py
 
 One image is 576 tokens x 16,384 features with about 55 active a token (LLaVA on Gemma-2b). The definition is
-paper A's: a dense array, per token argpartition, one-hot, sum over tokens. (a) adds storing the dense features
-with np.savez_compressed and reading them back, as published; (b) is the definition alone, in memory. Ours starts
-once from sparse token features, which is what leaves our encoder and what (a) is judged by, and once from the
-dense array; it gives the sums of activations besides the counts. All are timed in turn, so that a busy neighbour
-slows all alike. Then peak memory for 1x and 10x the images, and the throughput where features are not so sparse.
-Exit status 1 if a target fails.
+paper A's: a dense array, per token argpartition, one-hot, sum over tokens. (a) adds storing the dense
+features with np.savez_compressed and reading them back, as published; (b) is the definition alone, in
+memory. Ours starts once from sparse token features, which is what leaves our encoder and what (a) is judged
+by, and once from the dense array; it gives the sums of activations besides the counts. All are timed in
+turn, so that a busy neighbour slows all alike. Then peak memory for 1x and 10x the images, and the
+throughput where features are not so sparse. Exit status 1 if a target fails.
 """
 
 import argparse
