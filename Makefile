@@ -1,0 +1,43 @@
+# make reports            all notebooks at profile tiny, HTML, index page
+#   PROFILE=paper         another folder of params/
+#   ONLY=03               only this notebook (and what it needs, if that is out of date)
+#   SINGLE=1              also each report as one self-contained HTML file, to mail
+# make test               the tests;  make hygiene: format, lint, no stored outputs
+# make lab                JupyterLab on the notebooks
+# Each makes .venv when it is missing or older than the pins; python3 and make are all it needs.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PROFILE ?= tiny
+ONLY ?=
+SINGLE ?=
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+# idle OpenMP threads sleep: spinning ones slow small kernels down several times beside a busy neighbour
+export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: reports test lab hygiene env
+reports: $(STAMP)
+	$(BIN)/python -m mmsae_helpers.runner --profile "$(PROFILE)" --only "$(ONLY)" $(if $(SINGLE),--single)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(TESTS)
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+hygiene: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+
+env: $(STAMP)
+
+# torch first, by itself: on a machine that has its wheel at hand pip then takes that one
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python 3.11 or newer is needed; make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,139 @@
+"""One look for every figure: colour-blind-safe, and readable without colour."""
+
+import html
+
+import numpy as np
+
+PALETTE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito 2008, no yellow
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+VERDICT_LOOK = {
+    "replicated": ("#009E73", "✓"),
+    "contradicted": ("#D55E00", "✗"),
+    "inconclusive": ("#999999", "~"),
+    "not run": ("#F0F0F0", "–"),
+}
+
+
+def style():
+    """Set the suite's matplotlib and plotly defaults; call it once, in the import cell.
+
+    Series differ in colour, marker and line style at once. Plotly figures stay JSON in the notebook, drawn by
+    JupyterLab and by the report, and fetch nothing from a network.
+    """
+    import matplotlib
+    import plotly.graph_objects as go
+    import plotly.io as pio
+    from cycler import cycler
+
+    matplotlib.rcParams.update(
+        {
+            "axes.prop_cycle": cycler(color=PALETTE) + cycler(marker=MARKERS) + cycler(linestyle=LINES),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "axes.axisbelow": True,
+            "grid.color": "#e4e4e4",
+            "errorbar.capsize": 3,
+            "figure.figsize": (6.4, 3.6),
+            "figure.dpi": 144,
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "axes.titlesize": 12,
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "lines.markersize": 5,
+            "image.cmap": "cividis",
+        }
+    )
+    layout = dict(colorway=PALETTE, font_size=13, margin=dict(l=60, r=20, t=48, b=90))
+    layout["legend"] = dict(orientation="h", yanchor="top", y=-0.22)
+    pio.templates["mmsae"] = go.layout.Template(layout=layout)
+    pio.templates.default = "plotly_white+mmsae"
+    pio.renderers.default = "plotly_mimetype"
+
+
+def look(i):
+    """Colour, marker and line style of series ``i``, as keyword arguments of ``plot`` and ``errorbar``."""
+    return {"color": PALETTE[i % 7], "marker": MARKERS[i % 7], "linestyle": LINES[i % 7]}
+
+
+def errorbars(ax, x, intervals, i=0, label=None, line=True):
+    """Estimates with their intervals as one series on ``ax``.
+
+    ``intervals`` are `results.Interval`, one per ``x``; where one has no ends, only its marker is drawn.
+    """
+    values = np.array([iv.value for iv in intervals], float)
+    ends = np.array([[iv.value, iv.value] if iv.lo is None else [iv.lo, iv.hi] for iv in intervals], float)
+    drawn = look(i) | ({} if line else {"linestyle": "none"})
+    return ax.errorbar(x, values, yerr=np.abs(ends.T - values), label=label, **drawn)
+
+
+def bars(ax, labels, intervals, colour=PALETTE[0], unit=""):
+    """Horizontal bars with intervals, first label on top, each value written at its bar."""
+    y = np.arange(len(labels))[::-1]
+    values = np.array([iv.value for iv in intervals], float)
+    ends = np.array([[iv.value, iv.value] if iv.lo is None else [iv.lo, iv.hi] for iv in intervals], float)
+    ax.barh(
+        y, values, xerr=np.abs(ends.T - values), color=colour, height=0.65, error_kw={"ecolor": "#444444"}
+    )
+    ax.set_yticks(y, labels)
+    ax.grid(axis="y", visible=False)
+    for at, value, hi in zip(y, values, ends.max(1), strict=True):
+        ax.annotate(
+            f"{value:.3g}{unit}",
+            (max(hi, 0), at),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    ax.margins(x=0.12)
+
+
+def caption(fig, sentence):
+    """Show a matplotlib or plotly figure with a sentence under it that says how to read it.
+
+    The sentence is Markdown; ``<`` and ``&`` in it are text. Closes a matplotlib figure, so it appears once.
+    """
+    from IPython.display import Markdown, display
+
+    display(fig)
+    if hasattr(fig, "canvas"):
+        import matplotlib.pyplot as plt
+
+        plt.close(fig)
+    display(Markdown(f"*Figure.* {html.escape(sentence, quote=False)}", metadata={"mmsae": "caption"}))
+
+
+def verdict_grid(frame):
+    """Figure with a tile per claim of a `results.ledger`, a row per paper, coloured and marked by verdict.
+
+    Of several verdicts on one claim the first that is not "replicated" shows: a claim must hold everywhere.
+    """
+    import matplotlib.pyplot as plt
+
+    papers = sorted({claim[0] for claim in frame["claim"]})
+    fig, ax = plt.subplots(figsize=(7, 0.75 * len(papers) + 0.6))
+    for claim, rows in frame.groupby("claim"):
+        said = sorted(rows["verdict"], key=lambda v: v == "replicated")[0]
+        colour, mark = VERDICT_LOOK[said]
+        x, y = int(claim[1:]), -papers.index(claim[0])
+        ax.add_patch(plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, color=colour))
+        ink = "black" if said in ("not run", "inconclusive") else "white"
+        ax.text(x, y, f"{claim}\n{mark}", ha="center", va="center", color=ink, fontsize=9, weight="bold")
+    ax.set(xlim=(0.4, 9.6), ylim=(-len(papers) + 0.45, 0.55))
+    ax.axis("off")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour, _ in VERDICT_LOOK.values()]
+    names = [f"{mark} {name}" for name, (_, mark) in VERDICT_LOOK.items()]
+    fig.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9)
+    return fig

@@ -1,0 +1,166 @@
+"""Parameter files checked against the notebook they are for.
+
+Papermill only warns of an unknown key, and YAML reads ``1e-4`` as text. Here both are an `InputError`.
+"""
+
+import ast
+import math
+import os
+from pathlib import Path
+
+from .errors import InputError
+
+PROFILES = ("smoke", "tiny", "paper")
+
+
+def repo_root():
+    """Folder that holds ``notebooks/`` and ``params/``.
+
+    ``MMSAE_ROOT`` if set, else the first such folder upwards from the working directory, else the package's.
+    """
+    if os.environ.get("MMSAE_ROOT"):
+        return Path(os.environ["MMSAE_ROOT"]).resolve()
+    for folder in [*(here := Path.cwd().resolve(), *here.parents), Path(__file__).resolve().parents[1]]:
+        if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
+            return folder
+    raise InputError(
+        f"no folder with notebooks/ and params/ above {Path.cwd()}; run from the repository or set MMSAE_ROOT"
+    )
+
+
+def read_notebook(path):
+    """Notebook as a plain dict; `InputError` if it is not there or not a notebook."""
+    import json
+
+    try:
+        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
+        notebook["cells"], notebook["metadata"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such notebook") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a notebook ({error!r}); restore it from git") from None
+    return notebook
+
+
+def source(cell):
+    """Text of a cell, which the format may store as a list of lines."""
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
+
+def defaults(notebook_path):
+    """Names and default values of a notebook's cell tagged ``parameters``.
+
+    The cell may hold only assignments of literals, one name each: what is read here is what runs.
+    """
+    cells = [
+        c for c in read_notebook(notebook_path)["cells"] if "parameters" in c["metadata"].get("tags", [])
+    ]
+    if len(cells) != 1:
+        raise InputError(f"{notebook_path}: {len(cells)} cells are tagged 'parameters'; tag exactly one")
+    found = {}
+    for node in ast.parse(source(cells[0])).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+        try:
+            found[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            raise InputError(
+                f"{notebook_path}: line {node.lineno} of the parameters cell must read 'name = literal'"
+            ) from None
+    return found
+
+
+def check(values, expected, where):
+    """Values checked against defaults: same names, same types.
+
+    Parameters
+    ----------
+    values : dict
+        What the user gave.
+    expected : dict
+        Names and defaults, as from `defaults`. A default of None accepts any value; a float accepts an int;
+        the items of a list or dict are held to the type of the default's items when those agree.
+    where : str
+        File or notebook named in the message.
+
+    Returns
+    -------
+    dict
+        ``values``, with ints given for floats made floats.
+    """
+    if unknown := [key for key in values if key not in expected]:
+        import difflib
+
+        close = difflib.get_close_matches(str(unknown[0]), expected, 1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(expected)}"
+        raise InputError(f"{where}: unknown parameter '{unknown[0]}'; {hint}")
+    return {key: _fit(value, expected[key], f"{where}: {key}") for key, value in values.items()}
+
+
+def _fit(value, default, where):
+    if isinstance(value, str) and not isinstance(default, str) and _is_number(value):
+        raise InputError(
+            f"{where} is the text '{value}', not a number; YAML reads 1e-4 as text, write 1.0e-4"
+        )
+    if default is None:
+        return value
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        kinds = type(value).__name__, type(default).__name__
+        raise InputError(f"{where} is {value!r} ({kinds[0]}); give a {kinds[1]}, like {default!r}")
+    if isinstance(value, float) and math.isnan(value):
+        raise InputError(f"{where} is not a number (nan); give one")
+    if isinstance(default, list):
+        return [_fit(item, _common(default), f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(default, dict):
+        shared = _common(list(default.values()))
+        return {k: _fit(item, default.get(k, shared), f"{where}.{k}") for k, item in value.items()}
+    return value
+
+
+def _common(items):
+    """An item that stands for the type of all, None where they disagree."""
+    types = {type(item) for item in items}
+    if types == {int, float}:
+        return 0.0
+    return items[0] if len(types) == 1 else None
+
+
+def _is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def load(params_path, notebook_path):
+    """Values of a parameter file, checked against the notebook's parameters cell.
+
+    Returns only what the file sets; `InputError` for a missing or malformed file, a key given twice, an
+    unknown key or a wrong type.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key) for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise InputError(f"{params_path}: '{twice[0]}' is given twice; keep one")
+            return super().construct_mapping(node, deep)
+
+    try:
+        values = yaml.load(Path(params_path).read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError:
+        raise InputError(
+            f"{params_path}: no such parameter file; every notebook has one per profile"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{params_path}:{line} is not YAML ({getattr(error, 'problem', error)})") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{params_path}: holds a {type(values).__name__}; write 'name: value' lines")
+    return check(values, defaults(notebook_path), str(params_path))

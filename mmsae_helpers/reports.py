@@ -1,0 +1,300 @@
+"""Executed notebooks as HTML pages that open from disk without a network, and the index page of a profile.
+
+Built on nbconvert. Whatever a notebook displays is made safe here, before the template sees it: HTML and
+Markdown are cleaned of scripts (which then stand there as text), plotly's JSON becomes a figure, LaTeX becomes MathML.
+"""
+
+import base64
+import copy
+import html
+import io
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import bleach
+import nbformat
+from bleach.css_sanitizer import CSSSanitizer
+from nbconvert.exporters import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+from . import parameters
+
+TEMPLATE = Path(__file__).resolve().parent / "report_template"
+PLOTLY = "application/vnd.plotly.v1+json"
+TAGS = set(
+    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 "
+    "h4 h5 h6 hr i img ins kbd li mark ol p pre q s small span strong sub summary sup table tbody td tfoot "
+    "th thead tr u ul".split()
+)
+ATTRIBUTES = {
+    "*": ["class", "id", "title", "style", "align"],
+    "a": ["href"],
+    # any other image would be a request
+    "img": lambda tag, name, value: (
+        name in ("alt", "width", "height") or (name == "src" and value.startswith("data:image/"))
+    ),
+    "td": ["colspan", "rowspan"],
+    "th": ["colspan", "rowspan", "scope"],
+    "details": ["open"],
+}
+DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
+
+
+class Entry(NamedTuple):
+    """One notebook on the index page; ``executed`` is None and the dicts are empty where it was never run."""
+
+    name: str
+    notebook: Path
+    executed: Path | None
+    has_page: bool
+    status: dict
+    result: dict
+
+
+def clean(markup):
+    """HTML without scripts, event handlers or foreign images; a tag not let through arrives as text."""
+    markup = re.sub(
+        r"<style\b.*?</style>", "", markup, flags=re.S | re.I
+    )  # pandas prints one with every table
+    css = CSSSanitizer(
+        allowed_css_properties=["color", "background-color", "text-align", "font-weight", "width"]
+    )
+    return bleach.clean(
+        markup, TAGS, ATTRIBUTES, protocols=["http", "https", "mailto", "data"], css_sanitizer=css
+    )
+
+
+def to_mathml(latex, block=False):
+    """LaTeX as MathML; as code where it cannot be read."""
+    from math_core import LatexError, LatexToMathML
+
+    try:
+        return LatexToMathML().convert_with_local_state(latex.strip(), displaystyle=block)
+    except LatexError:
+        return f"<code>{html.escape(latex)}</code>"
+
+
+class _Renderer(IPythonRenderer):
+    """Markdown to HTML with the formulas taken out, to be put back as MathML after cleaning."""
+
+    formulas: list
+
+    def _keep(self, latex, block):
+        self.formulas.append(to_mathml(latex, block))
+        return f"\ue000{len(self.formulas) - 1}\ue001"
+
+    def inline_math(self, body):
+        return self._keep(body, False)
+
+    def block_math(self, body):
+        return self._keep(body, True)
+
+    def latex_environment(self, name, body):
+        return self._keep(f"\\begin{{{name}}}{body}\\end{{{name}}}", True)
+
+
+def markdown(text, attachments=None):
+    """Markdown with formulas as clean HTML."""
+    renderer = _Renderer(escape=False, attachments=attachments, exclude_anchor_links=True)
+    renderer.formulas = []
+    text = re.sub("[\ue000\ue001]", "", text)
+    safe = clean(MarkdownWithMath(renderer=renderer).render(text))
+    return re.sub("\ue000(\\d+)\ue001", lambda found: renderer.formulas[int(found[1])], safe)
+
+
+def plotly_figure(figure):
+    """A plotly MIME bundle as a placeholder with its JSON; the page's script draws it."""
+
+    def text(item):
+        # plotly reads a few tags in its labels; every other "<" is meant as the character
+        if isinstance(item, dict):
+            return {key: text(value) for key, value in item.items()}
+        if isinstance(item, list):
+            return [text(value) for value in item]
+        return (
+            re.sub(r"<(?!/?(?:b|i|br|em|strong|sub|sup|s|u)\s*/?>)", "&lt;", item)
+            if isinstance(item, str)
+            else item
+        )
+
+    data = json.dumps({"data": text(figure["data"]), "layout": text(figure.get("layout", {}))}).replace(
+        "<", "\\u003c"
+    )
+    return f'<div class="plotly-figure"><script type="application/json">{data}</script></div>'
+
+
+class _Exporter(HTMLExporter):
+    def __init__(self, **kw):
+        super().__init__(template_name=TEMPLATE.name, extra_template_basedirs=[str(TEMPLATE.parent)], **kw)
+
+    def markdown2html(self, source):
+        return markdown(source)
+
+
+def _prepare(notebook):
+    """Replace what the notebook displays by what may stand in a page."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = markdown(cell.source, cell.get("attachments"))
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            page = None
+            if PLOTLY in data:
+                page = plotly_figure(data[PLOTLY])
+            elif "text/html" in data:
+                page = f'<div class="scroll">{clean(_text(data["text/html"]))}</div>'
+            elif "text/markdown" in data:
+                page = markdown(_text(data["text/markdown"]))
+                if output.metadata.get("mmsae") == "caption":
+                    page = f'<div class="figcaption">{page}</div>'
+            elif "text/latex" in data:
+                page = to_mathml(_text(data["text/latex"]).strip("$ \n"), block=True)
+            for mime in DROPPED:
+                data.pop(mime, None)
+            if page is not None:
+                output.data = nbformat.from_dict({"text/html": page})
+
+
+def _text(source):
+    return source if isinstance(source, str) else "".join(source)
+
+
+def render(executed, page, result, status, single=False):
+    """Write the HTML report of an executed notebook.
+
+    Parameters
+    ----------
+    executed, page : Path
+        The notebook, and the HTML file to write.
+    result, status : dict
+        ``results.json`` and ``run.json`` of the run; ``result`` is empty where the run failed.
+    single : bool
+        One self-contained file: plotly.js and the executed notebook inside instead of beside it.
+    """
+    from bs4 import BeautifulSoup
+
+    notebook = nbformat.read(executed, as_version=4)
+    has_plotly = any(PLOTLY in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
+    title = _title(notebook, executed.stem)
+    _prepare(notebook)
+    given = notebook.metadata.get("papermill", {}).get("parameters", {})
+    facts = {
+        "title": title,
+        "parameters": {
+            k: json.dumps(v, ensure_ascii=False) for k, v in (result.get("parameters") or given).items()
+        },
+        "provenance": result.get("provenance", {}),
+        "claims": result.get("claims", []),
+        "status": status,
+        "minutes": _duration(status.get("duration_s")),
+        "error": _plain_trace(status),
+        "index": "" if single else "index.html",
+        "executed": _data_uri(executed) if single else executed.name,
+        "executed_name": executed.name,
+        "plotly": has_plotly and ("inline" if single else "plotly.min.js"),
+        "plotly_js": _plotly_js() if has_plotly and single else "",
+        "css": (TEMPLATE / "report.css").read_text(encoding="utf-8"),
+        "js": (TEMPLATE / "report.js").read_text(encoding="utf-8"),
+    }
+    body, _ = _Exporter().from_notebook_node(notebook, resources={"report": facts})
+    soup = BeautifulSoup(body, "html.parser")
+    contents = soup.find("nav", id="contents")
+    for i, heading in enumerate(soup.select("main h2, main h3")):
+        heading["id"] = f"section-{i}"
+        item = soup.new_tag("a", href=f"#section-{i}", attrs={"class": heading.name})
+        item.extend(copy.copy(part) for part in heading.contents)
+        contents.append(item)
+    if not contents.contents:
+        contents.parent.decompose()
+    for cell in soup.select(".jp-CodeCell"):
+        captions = [c.get_text(" ", strip=True) for c in cell.select(".figcaption")]
+        for image, words in zip(cell.select("img"), captions, strict=False):
+            image["alt"] = words
+    page.write_text(str(soup), encoding="utf-8")
+    if has_plotly and not single and not (page.parent / "plotly.min.js").is_file():
+        (page.parent / "plotly.min.js").write_text(_plotly_js(), encoding="utf-8")
+
+
+def render_index(entries, profile, revision, page):
+    """Write the index page: per notebook a thumbnail, status, duration, verdicts, the traceback of a failure."""
+    from jinja2 import Environment, FileSystemLoader
+
+    from . import results
+
+    cards = []
+    for entry in entries:
+        shown = nbformat.read(entry.executed or entry.notebook, as_version=4)
+        cards.append(
+            {
+                "name": entry.name,
+                "title": _title(shown, entry.name),
+                "page": f"{entry.name}.html" if entry.has_page else "",
+                "thumbnail": _thumbnail(shown) if entry.executed else "",
+                "status": entry.status.get("status", "not run"),
+                "error": entry.status.get("error", ""),
+                "traceback": _plain_trace(entry.status),
+                "minutes": _duration(entry.status.get("duration_s")),
+                "claims": entry.result.get("claims", []),
+            }
+        )
+    total = sum(entry.status.get("duration_s", 0) for entry in entries)
+    page.write_text(
+        Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
+        .get_template("overview.html.j2")
+        .render(
+            cards=cards,
+            profile=profile,
+            total=_duration(total),
+            revision=revision,
+            claims=results.CLAIMS,
+            css=(TEMPLATE / "report.css").read_text(encoding="utf-8"),
+            js=(TEMPLATE / "report.js").read_text(encoding="utf-8"),
+        ),
+        encoding="utf-8",
+    )
+
+
+def _title(notebook, fallback):
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and (
+            found := re.search(r"^#\s+(.+)$", parameters.source(cell), re.M)
+        ):
+            return re.sub(r"[*`$]", "", found[1]).strip()
+    return fallback
+
+
+def _thumbnail(notebook):
+    """First picture among the outputs as a small data URI, empty if there is none."""
+    from PIL import Image
+
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if png := output.get("data", {}).get("image/png"):
+                image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+                image.thumbnail((520, 360))
+                small = io.BytesIO()
+                image.save(small, "PNG", optimize=True)
+                return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
+    return ""
+
+
+def _plain_trace(status):
+    return re.sub(r"\x1b\[[0-9;]*m", "", status.get("traceback") or "").strip()
+
+
+def _duration(seconds):
+    if seconds is None:
+        return ""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def _data_uri(path):
+    return f"data:application/x-ipynb+json;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _plotly_js():
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs().replace("</script", "<\\/script")
