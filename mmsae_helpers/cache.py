@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from tqdm.auto import tqdm
 
-from mmsae_helpers.activations import TokenBatch
+from mmsae_helpers.activations import TokenBatch, stream
 from mmsae_helpers.errors import InputError
 
 _INT = ("sample", "position", "token", "patch")
@@ -163,6 +164,70 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+# ---------------------------------------------------------------- the passes of the notebooks
+
+
+class Tokens:
+    """One activation pass that can be gone over again and again: from shards where there is a folder, else anew.
+
+    ``description`` (JSON) says what the tokens are of; it names whatever is made from them, such as trained SAEs.
+    """
+
+    def __init__(self, make, description: dict, layers: Iterable[int], n_samples: int, folder=None, shard_samples=500):
+        self.make, self.description, self.n_samples = make, description, n_samples
+        self.layers = sorted(set(layers))
+        self.shards = ShardCache(folder, description, self.layers, shard_samples) if folder else None
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        if self.shards is None:
+            return self.make(0, self.n_samples, self.layers)
+        return iter(
+            tqdm(self._from_shards(), "activations", -(-self.n_samples // self.shards.shard_samples), leave=False)
+        )
+
+    def _from_shards(self):
+        return self.shards.tokens(self.make, self.n_samples)
+
+
+def of_images(
+    folder, adapter, images, layers, *, batch_size, question="", keep="image", reading="corrected", start=0, stop=None
+) -> Tokens:
+    """Tokens of an `data.ImageData` in the chat template with ``question``; ``folder`` None does not store them."""
+    from mmsae_helpers import data
+
+    dataset = images.dataset.select(range(start, len(images.dataset) if stop is None else stop))
+
+    def make(a, b, layers):
+        return stream(
+            adapter,
+            data.batches(adapter, dataset, batch_size, question=question, start=a, stop=b),
+            layers,
+            keep,
+            reading,
+        )
+
+    about = {"images": images.fingerprint, "rows": [start, start + len(dataset)], "prompt": adapter.prompt(question)}
+    about |= {"model": fingerprint(adapter), "dtype": str(adapter.model.dtype), "keep": keep, "reading": reading}
+    return Tokens(make, about, layers, len(dataset), folder)
+
+
+def of_texts(
+    folder, adapter, texts, layers, *, batch_size, keep="text", reading="corrected", max_tokens=None
+) -> Tokens:
+    """Tokens of text-only documents; ``folder`` None does not store them."""
+    from mmsae_helpers import data
+
+    texts = list(texts)
+
+    def make(a, b, layers):
+        batches = data.text_batches(adapter, texts, batch_size, start=a, stop=b, max_tokens=max_tokens)
+        return stream(adapter, batches, layers, keep, reading)
+
+    about = {"texts": fingerprint(texts), "max_tokens": max_tokens, "keep": keep, "reading": reading}
+    about |= {"model": fingerprint(adapter), "dtype": str(adapter.model.dtype)}
+    return Tokens(make, about, layers, len(texts), folder)
 
 
 # ---------------------------------------------------------------- fingerprints
