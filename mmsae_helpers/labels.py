@@ -1,0 +1,187 @@
+"""Labels for features from text alone, and how well a labelled feature detects what it names.
+
+Shapes: S samples, N tokens, F features, V words. A label is a word: the one on which (kind "reads") or before
+which (kind "predicts") a feature's mean activation is largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from mmsae_helpers.errors import InputError
+from mmsae_helpers.features import OccurrenceCounter, encode, max_per_sample, retrieve_top1, share_on_object
+
+KINDS = ("reads", "predicts")
+LABEL_COLUMNS = ["feature", "label", "purity", "kind", "count"]
+
+
+def next_tokens(token, sample, position) -> np.ndarray:
+    """The input id after each token of a TokenBatch, -1 where its sample kept none. [N] int64"""
+    token, sample, position = (np.asarray(column) for column in (token, sample, position))
+    result = np.full(len(token), -1, dtype=np.int64)
+    follows = (sample[1:] == sample[:-1]) & (position[1:] == position[:-1] + 1)
+    result[:-1][follows] = token[1:][follows]
+    return result
+
+
+class WordMeans:
+    """Running sums of activations per (word, feature), for the current and for the next token.
+
+    Add held-out text chunk by chunk; memory is that of the non-zero (word, feature) pairs.
+    """
+
+    def __init__(self, n_words: int, d_sae: int):
+        self.sums = {kind: sp.csr_matrix((n_words, d_sae), dtype=np.float64) for kind in KINDS}
+        self.counts = {kind: np.zeros(n_words, dtype=np.int64) for kind in KINDS}
+
+    def add(self, features: sp.csr_matrix, current, following) -> WordMeans:
+        """Token features [N, F], the ids of the tokens [N] and of those that follow (-1: none)."""
+        for kind, ids in zip(KINDS, (np.asarray(current), np.asarray(following)), strict=True):
+            n_words = len(self.counts[kind])
+            rows = np.flatnonzero(ids >= 0)
+            if len(rows) and ids[rows].max() >= n_words:
+                raise InputError(f"token id {ids[rows].max()} is outside the vocabulary of {n_words} words")
+            words = (ids[rows], rows)
+            of_word = sp.csr_matrix((np.ones(len(rows)), words), shape=(n_words, len(ids)))
+            self.sums[kind] = self.sums[kind] + of_word @ features
+            self.counts[kind] += np.bincount(ids[rows], minlength=n_words)
+        return self
+
+
+def label(
+    means: WordMeans, words: Mapping[int, str], min_purity: float = 0.5, min_count: int = 20
+) -> pd.DataFrame:
+    """Name features by the word they stand for: columns feature, label, purity, kind, count.
+
+    purity = mean activation on the word / sum over all words of the mean activation on each. The better of
+    the two kinds is kept; features below min_purity are left out, and words seen fewer than min_count times
+    take no part. Ids that `words` maps to the same string count as one word; ids that it lacks are words of
+    their own that compete but never name a feature. `count`: occurrences of the word.
+    """
+    best = []
+    for kind in KINDS:
+        sums, counts = means.sums[kind], means.counts[kind]
+        names = [words.get(i, f"<id {i}>") for i in range(len(counts))]
+        vocabulary, group = np.unique(names, return_inverse=True)
+        merge = sp.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))))
+        counts, sums = merge @ counts, (merge @ sums).tocsr()
+        mean = sp.diags(np.where(counts >= min_count, 1 / np.maximum(counts, 1), 0)) @ sums
+        total = np.asarray(mean.sum(0)).ravel()
+        nameable = sp.diags(np.isin(vocabulary, list(words.values())).astype(float)) @ mean
+        word = np.asarray(nameable.argmax(0)).ravel()
+        top = nameable.max(0).toarray().ravel()
+        purity = np.divide(top, total, out=np.zeros_like(top), where=total > 0)
+        features = np.arange(len(purity))
+        columns = (features, vocabulary[word], purity, kind, counts[word])
+        best.append(pd.DataFrame(dict(zip(LABEL_COLUMNS, columns, strict=True))))
+    both = pd.concat(best).sort_values(["feature", "purity"], ascending=[True, False], kind="stable")
+    found = both.drop_duplicates("feature").query("purity >= @min_purity and purity > 0")
+    return found.astype({"count": int}).reset_index(drop=True)[LABEL_COLUMNS]
+
+
+def from_text(saes: Mapping, tokens, tokenizer, min_purity: float = 0.5, min_count: int = 20) -> dict:
+    """Label the features of every SAE from text alone: `label` of each by its key (layer, ...), in one pass.
+
+    ``tokens`` yields TokenBatches of held-out text; two tokens that decode to the same word are one word.
+    """
+    means = {key: WordMeans(len(tokenizer), sae.cfg.d_sae) for key, sae in saes.items()}
+    for batch in tokens:
+        following = next_tokens(batch.token, batch.sample, batch.position)
+        for key, sae in saes.items():
+            means[key].add(encode(sae, batch.acts[key[0]]), batch.token, following)
+    seen = np.flatnonzero(next(iter(means.values())).counts["reads"])
+    words = {int(i): tokenizer.decode([int(i)]).strip().lower() for i in seen}
+    return {key: label(mean, words, min_purity, min_count) for key, mean in means.items()}
+
+
+class ImageScan:
+    """What one pass over image tokens says about one SAE.
+
+    ``occurrences``: images of each class that retrieve each feature (`features.OccurrenceCounter`). Of the features
+    ``wanted``: ``maxima`` [S, F], the largest activation over each image's tokens, and ``share()`` [F], how much of the
+    activation falls on the object (``cover`` [S, patches] from `data.ImageData.object_cover`, or None).
+    """
+
+    def __init__(self, sae, layer: int, wanted, class_labels, n_classes: int, cover=None, scale: float = 1.0):
+        self.sae, self.layer, self.scale, self.cover = sae, layer, scale, cover
+        self.wanted = np.asarray(wanted, np.int64)
+        self.occurrences = OccurrenceCounter(class_labels, n_classes, sae.cfg.d_sae)
+        self.maxima = np.zeros((len(class_labels), len(self.wanted)), np.float32)
+        self.on_object, self.total = np.zeros((2, len(self.wanted)))
+
+    def add(self, batch) -> None:
+        """Take in a TokenBatch of whole images."""
+        sample = batch.sample.numpy()
+        found = encode(self.sae, batch.acts[self.layer], self.scale)
+        self.occurrences.add(retrieve_top1(found), sample)
+        self.maxima[np.unique(sample)] = max_per_sample(found, sample, self.wanted)
+        if self.cover is not None:
+            share = share_on_object(found, sample, batch.patch.numpy(), self.cover, self.wanted)
+            self.on_object += share.on_object
+            self.total += share.total
+
+    def share(self) -> np.ndarray:
+        """Share of each wanted feature's activation that falls on the object; nan where it never fires."""
+        return np.divide(self.on_object, self.total, out=np.full(len(self.total), np.nan), where=self.total > 0)
+
+
+def scan(scans: Mapping, tokens) -> None:
+    """Feed one pass over image tokens to every `ImageScan`, two SAEs at a time on two cores."""
+    import torch
+
+    workers, threads = torch.get_num_threads(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for batch in tokens:
+                list(pool.map(lambda one, batch=batch: one.add(batch), scans.values()))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def shuffle(labels: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The control: the same features and words, the words dealt out at random."""
+    return labels.assign(label=np.random.default_rng(seed).permutation(labels["label"].to_numpy()))
+
+
+class Detection(NamedTuple):
+    """How well a score ranks the samples that are true; nan where none or all are."""
+
+    average_precision: float
+    auroc: float
+    precision_at_k: float
+    base_rate: float
+
+
+def detection(max_acts: np.ndarray, truth: np.ndarray, k: int = 200) -> pd.DataFrame:
+    """Each column of `max_acts` [S, F] as a detector of that of `truth` [S, F] bool: a row of Detection.
+
+    Average precision and AUROC are scikit-learn's, tied scores counting as one threshold; precision at k
+    takes the k samples of largest score, ties by the lowest sample index.
+    """
+    max_acts, truth = np.asarray(max_acts), np.asarray(truth, dtype=bool)
+    if max_acts.shape != truth.shape:
+        raise InputError(f"detection: scores are {max_acts.shape}, the truth is {truth.shape}")
+    rows = [_detection(score, true, k) for score, true in zip(max_acts.T, truth.T, strict=True)]
+    return pd.DataFrame(rows, columns=Detection._fields, dtype=float)
+
+
+def _detection(score: np.ndarray, true: np.ndarray, k: int) -> Detection:
+    n_samples, n_true = len(true), int(true.sum())
+    if n_true in (0, n_samples):
+        return Detection(np.nan, np.nan, np.nan, n_true / max(n_samples, 1))
+    order = np.argsort(-score, kind="stable")
+    score, true = score[order], true[order]
+    last_of_tie = np.r_[np.flatnonzero(np.diff(score)), n_samples - 1]
+    hits = np.cumsum(true)[last_of_tie]
+    chosen = last_of_tie + 1
+    average_precision = np.sum(np.diff(hits, prepend=0) * hits / chosen) / n_true
+    false = np.r_[0, chosen - hits]
+    auroc = np.trapezoid(np.r_[0, hits], false) / (n_true * (n_samples - n_true))
+    return Detection(average_precision, auroc, true[:k].mean(), n_true / n_samples)

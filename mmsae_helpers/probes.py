@@ -1,0 +1,193 @@
+"""Linear probes: how much of a class can be read off pooled features by a linear classifier (Macro F1).
+
+Shapes: n rows (images), d features, k classes. Sparse features are made dense for the training rows only.
+The ridge solves the smaller of its two forms (d x d, or n x n), so that d = 16,384 stays possible.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.linalg
+import scipy.sparse as sp
+from threadpoolctl import threadpool_limits
+
+from mmsae_helpers.errors import InputError
+
+RELATIVE_ALPHAS = (30.0, 10.0, 3.0, 1.0, 0.1, 0.01)  # times n_train: a standardised feature's squared norm
+
+
+class Prediction(NamedTuple):
+    """What a probe said of the test part, and what is true, both [n_test] class ids; the penalty it used."""
+
+    predicted: np.ndarray
+    truth: np.ndarray
+    alpha: float
+
+    @property
+    def macro_f1(self) -> float:
+        return macro_f1(self.truth, self.predicted)
+
+    def confusion(self, n_classes: int) -> np.ndarray:
+        """Counts [n_classes, n_classes]: rows are the truth, columns the prediction."""
+        pairs = np.bincount(self.truth * n_classes + self.predicted, minlength=n_classes**2)
+        return pairs.reshape(n_classes, n_classes)
+
+
+def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean over the classes that occur in either of 2 TP / (2 TP + FP + FN); scikit-learn's f1_score."""
+    n = int(max(truth.max(), predicted.max())) + 1
+    hits = np.bincount(truth[truth == predicted], minlength=n)
+    occurrences = np.bincount(truth, minlength=n) + np.bincount(predicted, minlength=n)
+    present = occurrences > 0
+    return float(np.mean(2 * hits[present] / occurrences[present]))
+
+
+def splits(y: np.ndarray, train_parts: int, test_parts: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stratified (train, test) row indices in the proportion train_parts : test_parts, both sorted.
+
+    With one seed, a larger training part contains the smaller one. InputError if a class has too few rows.
+    """
+    y = np.asarray(y)
+    rng = np.random.default_rng(seed)
+    train, test = [], []
+    for label in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        n_train = round(len(rows) * train_parts / (train_parts + test_parts))
+        if not 0 < n_train < len(rows):
+            raise InputError(
+                f"class {label} has {len(rows)} rows: too few to split {train_parts}:{test_parts}"
+            )
+        train.append(rows[:n_train])
+        test.append(rows[n_train:])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
+
+
+def probe(X, y, train_idx, test_idx, **options) -> float:
+    """Macro F1 on the test rows of a linear classifier fitted on the training rows; see `predict`."""
+    return predict(X, y, train_idx, test_idx, **options).macro_f1
+
+
+def predict(
+    X,
+    y: np.ndarray,
+    train_idx: np.ndarray,
+    test_idx: np.ndarray,
+    classifier: str = "ridge",
+    standardise: str = "train",
+    alpha: float | str = "auto",
+) -> Prediction:
+    """Fit a linear classifier on rows train_idx of X [n, d] (dense or csr), class ids y; apply to test_idx.
+
+    classifier: "ridge", one-against-all on targets -1 and 1 (scikit-learn's RidgeClassifier, closed form), or
+        "logistic" (scikit-learn's, C = 1 / alpha; slow).
+    standardise: mean 0, variance 1 by the training rows, or by "all" rows as paper A's code (METHODS A.3 c).
+    alpha: the penalty; "auto" takes, for ridge, the one of RELATIVE_ALPHAS x n_train that is most accurate on
+        every fifth training row when fitted on the others, and 1 for logistic.
+    """
+    if classifier not in ("ridge", "logistic") or standardise not in ("train", "all"):
+        raise InputError(f"probe: no classifier {classifier!r} with standardise {standardise!r}")
+    X = X.tocsr() if sp.issparse(X) else np.asarray(X)
+    y = np.asarray(y)
+    with threadpool_limits(1):
+        train = X[train_idx]
+        train = (train.toarray() if sp.issparse(train) else train).astype(np.float32)
+        mean, deviation = _moments(X if standardise == "all" else train)
+        train -= mean
+        train /= deviation
+        classes, target = np.unique(y[train_idx], return_inverse=True)
+        fit = _ridge if classifier == "ridge" else _logistic
+        weights, bias, alpha = fit(train, target, alpha)
+        weights = (weights / deviation[:, None]).astype(np.float32)
+        scores = X[test_idx] @ weights + (bias - mean @ weights)
+    return Prediction(classes[scores.argmax(1)], y[test_idx], alpha)
+
+
+def _moments(X) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column, [d] float32; a constant column gets deviation 1."""
+    mean = np.asarray(X.mean(0, dtype=np.float64)).ravel()
+    if sp.issparse(X):
+        variance = np.asarray(X.multiply(X).mean(0, dtype=np.float64)).ravel() - mean**2
+    else:
+        variance = np.einsum("ij,ij->j", X - mean, X - mean, dtype=np.float64) / len(X)
+    deviation = np.sqrt(np.where(variance > 1e-10 * mean**2, variance, 1))
+    return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def _ridge(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray, float]:
+    """argmin_W ||Y - Z W||^2 + alpha ||W||^2, intercept by centring Z [n, d]: (W [d, k], bias [k], alpha)."""
+    n, d = Z.shape
+    centre = np.ones(n, dtype=np.float32) @ Z / n
+    Z -= centre
+    Y = np.where(target[:, None] == np.arange(target.max() + 1), 1.0, -1.0).astype(np.float32)
+    base = Y.mean(0)
+    Y = Y - base
+    held = np.zeros(n, dtype=bool)
+    held[np.argsort(target, kind="stable")[::5]] = True
+    rest, alphas = ~held, [a * n for a in RELATIVE_ALPHAS]
+    if n < d:
+        kernel = Z @ Z.T
+        problem = kernel[np.ix_(rest, rest)], Y[rest], kernel[np.ix_(held, rest)]
+        gram, right = kernel, Y
+    else:
+        gram_rest, right_rest = Z[rest].T @ Z[rest], Z[rest].T @ Y[rest]
+        problem = gram_rest, right_rest, Z[held]
+        gram, right = gram_rest + Z[held].T @ Z[held], right_rest + Z[held].T @ Y[held]
+    if alpha == "auto":
+        left, side, of_held = problem
+        guesses = [(of_held @ _solve(left, side, a, np.float32) + base).argmax(1) for a in alphas]
+        alpha = alphas[int(np.argmax([np.mean(guess == target[held]) for guess in guesses]))]
+    weights = _solve(gram, right, alpha)
+    weights = Z.T @ weights if n < d else weights
+    return weights, base - centre @ weights, float(alpha)
+
+
+def _solve(gram: np.ndarray, right: np.ndarray, alpha: float, dtype=np.float64) -> np.ndarray:
+    """(gram + alpha I)^-1 right, factored in `dtype`; float32 result."""
+    gram = gram.astype(dtype)
+    gram[np.diag_indices(len(gram))] += alpha
+    factor = scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
+    return scipy.linalg.cho_solve(factor, right, check_finite=False).astype(np.float32)
+
+
+def _logistic(Z: np.ndarray, target: np.ndarray, alpha: float | str):
+    from sklearn.linear_model import LogisticRegression
+
+    alpha = 1.0 if alpha == "auto" else alpha
+    model = LogisticRegression(C=1 / alpha, max_iter=1000).fit(Z, target)
+    weights, bias = model.coef_.T, model.intercept_
+    if weights.shape[1] == 1:  # two classes: scikit-learn keeps the second one's scores only
+        weights, bias = np.hstack([-weights, weights]), np.r_[-bias, bias]
+    return weights, bias, float(alpha)
+
+
+def grid(
+    features: Mapping[Hashable, object],
+    y: np.ndarray,
+    parts: Sequence[tuple[int, int]],
+    seeds: Sequence[int],
+    progress: bool = True,
+    **options,
+) -> pd.DataFrame:
+    """Macro F1 of every feature matrix x split (train_parts, test_parts) x seed; one core works on each fit.
+
+    Columns: name (the key in `features`), train_parts, test_parts, seed, macro_f1, alpha.
+    """
+    from tqdm.auto import tqdm
+
+    split = {(part, seed): splits(y, *part, seed) for part in parts for seed in seeds}
+    tasks = [(name, part, seed) for name in features for part, seed in split]
+
+    def run(task):
+        name, part, seed = task
+        result = predict(features[name], y, *split[part, seed], **options)
+        return (name, *part, seed, result.macro_f1, result.alpha)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        rows = list(tqdm(pool.map(run, tasks), "probes", len(tasks), disable=not progress))
+    return pd.DataFrame(rows, columns=["name", "train_parts", "test_parts", "seed", "macro_f1", "alpha"])

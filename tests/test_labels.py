@@ -1,0 +1,113 @@
+"""Labels from text alone and detection scores, against the plain definitions."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from mmsae_helpers import labels
+from mmsae_helpers.errors import InputError
+
+WORDS = {2: "red", 3: "blue", 4: "crimson", 5: "circle", 6: "the"}
+
+
+def text(n=4000, n_features=12, seed=0):
+    """Token ids 2..6 and sparse random features [n, F]; feature 0 reads 2, feature 1 fires before 5."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, 7, n)
+    features = rng.random((n, n_features)) * (rng.random((n, n_features)) < 0.1)
+    following = np.r_[ids[1:], -1]
+    features[:, 0], features[:, 1], features[:, 2] = ids == 2, 2.0 * (following == 5), 0
+    return sp.csr_matrix(features.astype(np.float32)), ids, following
+
+
+def gathered(features, ids, following, chunk=700):
+    means = labels.WordMeans(8, features.shape[1])
+    for i in range(0, len(ids), chunk):
+        means.add(features[i : i + chunk], ids[i : i + chunk], following[i : i + chunk])
+    return means
+
+
+def test_means_equal_the_definition():
+    features, ids, following = text()
+    means = gathered(features, ids, following)
+    dense = features.toarray()
+    for kind, of in (("reads", ids), ("predicts", following)):
+        for word in range(2, 7):
+            assert np.allclose(means.sums[kind][word].toarray()[0], dense[of == word].sum(0), rtol=1e-5)
+            assert means.counts[kind][word] == (of == word).sum()
+
+
+def test_label_names_what_a_feature_stands_for():
+    features, ids, following = text()
+    found = labels.label(gathered(features, ids, following), WORDS, min_purity=0.9).set_index("feature")
+    assert list(found.index) == [0, 1]
+    assert (found.label[0], found.kind[0], found.label[1], found.kind[1]) == (
+        "red",
+        "reads",
+        "circle",
+        "predicts",
+    )
+    assert found.purity[0] == pytest.approx(1) and found["count"][0] == (ids == 2).sum()
+    everything = labels.label(gathered(features, ids, following), WORDS, min_purity=0)
+    assert 2 not in set(everything.feature), "a feature that never fires has no label"
+    dense = features.toarray()[:, 7]
+    mean = {
+        kind: np.array([dense[of == w].mean() for w in WORDS])
+        for kind, of in (("reads", ids), ("predicts", following))
+    }
+    expected = max(m.max() / m.sum() for m in mean.values())
+    assert everything.set_index("feature").purity[7] == pytest.approx(expected, rel=1e-5)
+
+
+def test_synonyms_are_one_word_and_rare_or_nameless_words_do_not_name():
+    features, ids, following = text()
+    merged = labels.label(
+        gathered(sp.csr_matrix((ids == 4) + 1.0 * (ids == 2)).T.tocsr(), ids, following),
+        {**WORDS, 4: "red"},
+        min_purity=0.9,
+    )
+    assert list(merged.label) == ["red"] and merged["count"][0] == ((ids == 2) | (ids == 4)).sum()
+    means = gathered(features, ids, following)
+    assert labels.label(means, WORDS, min_purity=0.9, min_count=10_000).empty
+    nameless = {i: w for i, w in WORDS.items() if i != 2}
+    assert 0 not in set(labels.label(means, nameless, min_purity=0.5).feature)
+
+
+def test_next_tokens_stop_at_samples_and_gaps():
+    token, sample, position = [5, 6, 7, 8, 9], [0, 0, 1, 1, 1], [1, 2, 1, 2, 4]
+    assert list(labels.next_tokens(token, sample, position)) == [6, -1, 8, -1, -1]
+
+
+def test_id_outside_vocabulary():
+    with pytest.raises(InputError, match="token id 9"):
+        labels.WordMeans(8, 3).add(sp.csr_matrix((1, 3)), [9], [-1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_detection_equals_sklearn_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    scores = np.maximum(rng.integers(-3, 6, (300, 8)), 0).astype(np.float32)
+    truth = rng.random((300, 8)) < 0.2 + 0.1 * (scores > 3)
+    found = labels.detection(scores, truth, k=50)
+    for j, row in found.iterrows():
+        assert row.average_precision == pytest.approx(average_precision_score(truth[:, j], scores[:, j]))
+        assert row.auroc == pytest.approx(roc_auc_score(truth[:, j], scores[:, j]))
+        assert row.base_rate == truth[:, j].mean()
+        top = sorted(range(300), key=lambda i: (-scores[i, j], i))[:50]
+        assert row.precision_at_k == pytest.approx(truth[top, j].mean())
+
+
+def test_detection_without_a_contrast_is_undefined():
+    found = labels.detection(np.ones((4, 2)), np.array([[1, 0]] * 4))
+    assert found.average_precision.isna().all() and list(found.base_rate) == [1, 0]
+    with pytest.raises(InputError, match="detection"):
+        labels.detection(np.ones((4, 2)), np.ones((3, 2)))
+
+
+def test_shuffle_keeps_the_words():
+    features, ids, following = text()
+    found = labels.label(gathered(features, ids, following), WORDS, min_purity=0)
+    control = labels.shuffle(found, 1)
+    assert sorted(control.label) == sorted(found.label) and list(control.feature) == list(found.feature)
+    assert control.equals(labels.shuffle(found, 1)) and not control.equals(found)

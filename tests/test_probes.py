@@ -1,0 +1,112 @@
+"""Probes against scikit-learn, for every way they can be called."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mmsae_helpers import probes
+from mmsae_helpers.errors import InputError
+
+
+def world(n=600, d=40, k=6, seed=0):
+    """Sparse non-negative features [n, d] that depend on the class, with a dead and a constant column."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.arange(n) % k)
+    rate = rng.random((k, d)) * 0.3
+    X = (rng.random((n, d)) < rate[y]) * rng.exponential(3.0, (n, d))
+    X[:, 0], X[:, 1] = 0, 4
+    return X.astype(np.float32), y
+
+
+@pytest.mark.parametrize("d", [40, 500], ids=["primal", "dual"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_ridge_equals_sklearn(d, sparse):
+    X, y = world(d=d)
+    train, test = probes.splits(y, 3, 7, 0)
+    got = probes.predict(sp.csr_matrix(X) if sparse else X, y, train, test, alpha=5.0)
+    reference = make_pipeline(StandardScaler(), RidgeClassifier(alpha=5.0)).fit(X[train], y[train])
+    expected = reference.predict(X[test])
+    assert np.mean(got.predicted == expected) > 0.995
+    assert got.macro_f1 == pytest.approx(f1_score(y[test], got.predicted, average="macro"))
+    assert np.array_equal(got.confusion(6), confusion_matrix(y[test], got.predicted))
+    assert got.macro_f1 > 0.3
+
+
+def test_standardised_before_the_split_as_published():
+    X, y = world()
+    X[:, 2] *= 1 + 9 * (np.arange(len(X)) % 7 == 0)
+    train, test = probes.splits(y, 1, 9, 0)
+    scaled = StandardScaler().fit_transform(X)
+    expected = RidgeClassifier(alpha=30.0).fit(scaled[train], y[train]).predict(scaled[test])
+    for features in (X, sp.csr_matrix(X)):
+        got = probes.predict(features, y, train, test, standardise="all", alpha=30.0).predicted
+        assert np.mean(got == expected) > 0.995
+    corrected = probes.predict(X, y, train, test, alpha=30.0).predicted
+    assert not np.array_equal(corrected, expected)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_logistic_equals_sklearn(k):
+    X, y = world(k=k, n=300)
+    train, test = probes.splits(y, 1, 1, 0)
+    got = probes.predict(sp.csr_matrix(X), y, train, test, classifier="logistic", alpha=2.0)
+    reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, max_iter=1000))
+    expected = reference.fit(X[train], y[train]).predict(X[test])
+    assert np.mean(got.predicted == expected) > 0.99
+
+
+@pytest.mark.parametrize("d", [40, 500])
+def test_auto_alpha_is_from_the_grid_and_good(d):
+    X, y = world(d=d)
+    train, test = probes.splits(y, 1, 4, 3)
+    auto = probes.predict(X, y, train, test)
+    tried = [a * len(train) for a in probes.RELATIVE_ALPHAS]
+    assert auto.alpha in tried
+    assert auto.macro_f1 > max(probes.probe(X, y, train, test, alpha=a) for a in tried) - 0.05
+
+
+def test_classes_need_not_be_contiguous_or_all_predicted():
+    X, y = world()
+    ids = np.array([2, 3, 5, 8, 13, 21])[y]
+    train, test = probes.splits(ids, 1, 1, 0)
+    renamed, plain = probes.predict(X, ids, train, test), probes.predict(X, y, train, test)
+    assert renamed.macro_f1 == plain.macro_f1 and set(renamed.predicted) <= set(ids)
+    truth, guess = np.array([0, 0, 1, 4]), np.array([0, 2, 2, 4])
+    assert probes.macro_f1(truth, guess) == pytest.approx(f1_score(truth, guess, average="macro"))
+
+
+def test_splits_are_stratified_disjoint_nested_and_seeded():
+    y = np.repeat(np.arange(10), 30)
+    small, large = probes.splits(y, 1, 9, 5), probes.splits(y, 5, 5, 5)
+    assert np.all(np.bincount(y[small[0]]) == 3) and np.all(np.bincount(y[large[0]]) == 15)
+    for train, test in (small, large):
+        assert np.array_equal(np.sort(np.r_[train, test]), np.arange(300))
+    assert set(small[0]) <= set(large[0])
+    assert np.array_equal(small[0], probes.splits(y, 1, 9, 5)[0])
+    assert not np.array_equal(small[0], probes.splits(y, 1, 9, 6)[0])
+    with pytest.raises(InputError, match="class 0 has 1 rows"):
+        probes.splits(np.arange(5), 1, 9, 0)
+
+
+def test_grid_runs_all_and_repeats_exactly():
+    X, y = world(n=300)
+    features = {
+        ("sum", "raw"): sp.csr_matrix(X),
+        ("sum", "binary"): sp.csr_matrix((X > 0).astype(np.float32)),
+    }
+    table = probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], progress=False)
+    assert len(table) == 12 and table.macro_f1.between(0.1, 1).all()
+    row = table.iloc[7]
+    train, test = probes.splits(y, row.train_parts, row.test_parts, row.seed)
+    assert probes.probe(features[row["name"]], y, train, test) == row.macro_f1
+    assert table.equals(probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], progress=False))
+
+
+def test_unknown_option():
+    X, y = world(n=60)
+    with pytest.raises(InputError, match="forest"):
+        probes.probe(X, y, *probes.splits(y, 1, 1, 0), classifier="forest")
