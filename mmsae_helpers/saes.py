@@ -171,11 +171,11 @@ def fit(
         raise InputError(f"SAE training: activations are {width} wide, but d_in is {d_in}")
     device = torch.device(device)
     trainers = [_Trainer(job, d_in, [b[job.layer] for b in head], device) for job in jobs.values()]
-    with _one_thread_each(device) as n_workers, ThreadPoolExecutor(n_workers) as pool:
-        n_done = 0
+    n_done = 0
+    with _crew(device) as each:
         for batch in tqdm(islice(chain(head, stream), steps), "training SAEs", steps, disable=not progress):
             on_device = {layer: batch[layer].to(device, torch.float32) for layer in layers}
-            list(pool.map(lambda trainer, x=on_device: trainer.step(x[trainer.job.layer]), trainers))
+            each(lambda trainer, x=on_device: trainer.step(x[trainer.job.layer]), trainers)
             n_done += 1
     if n_done < steps:
         raise InputError(f"SAE training: the stream ended after {n_done} of {steps} steps; give more text")
@@ -183,15 +183,20 @@ def fit(
 
 
 @contextmanager
-def _one_thread_each(device: torch.device):
-    """Number of SAEs to step at a time; on a CPU, with one torch thread for each."""
+def _crew(device: torch.device):
+    """Yields each(function, items): on a CPU, as many items at a time as torch has threads, one on each."""
     n_threads = torch.get_num_threads()
-    if device.type == "cpu":
+
+    def each(function, items):
         torch.set_num_threads(1)
-    try:
-        yield n_threads if device.type == "cpu" else 1
-    finally:
-        torch.set_num_threads(n_threads)
+        try:
+            return list(pool.map(function, items))
+        finally:  # between calls the caller's own work, such as a model's forward, has all threads
+            torch.set_num_threads(n_threads)
+
+    n_workers = n_threads if device.type == "cpu" else 1
+    with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield each
 
 
 class _Trainer:
@@ -452,9 +457,9 @@ def evaluate(sae, token_batches, layer: int, scale: float = 1.0) -> Health:
 def evaluate_all(saes: Mapping[tuple, Any], token_batches, scales: Mapping | None = None) -> dict:
     """Health of every SAE by its key (layer, ...), in one pass; `scales`: factor on the input by key."""
     meters = {key: _HealthMeter(sae, (scales or {}).get(key, 1.0)) for key, sae in saes.items()}
-    with _one_thread_each(next(iter(saes.values())).device) as n, ThreadPoolExecutor(n) as pool:
+    with _crew(next(iter(saes.values())).device) as each:
         for batch in token_batches:
-            list(pool.map(lambda key, acts=batch.acts: meters[key].add(acts[key[0]]), meters))
+            each(lambda key, acts=batch.acts: meters[key].add(acts[key[0]]), meters)
     return {key: meter.health(f"the SAE of layer {key[0]}") for key, meter in meters.items()}
 
 
