@@ -1,11 +1,13 @@
 """Data sets: the embedded world, a hub data set, a folder of images by class, parquet or arrow files; and texts."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import ClassLabel, Dataset, Image, load_dataset
 
@@ -14,6 +16,7 @@ from mmsae_helpers.errors import InputError
 
 EMBEDDED = "tinyworld"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+_TEXTS = ("caption", "question", "answer")
 _ALIASES = {
     "image": ("image", "img"),
     "fine_label": ("fine_label", "label"),
@@ -37,6 +40,28 @@ class ImageData(NamedTuple):
     def class_names(self) -> list[str]:
         """Names of the fine classes, by label."""
         return self.dataset.features["fine_label"].names
+
+    def concepts(self) -> pd.DataFrame:
+        """Which words are true of which image, bool [N, words]: the words of its class name, and attribute columns."""
+        columns = {}
+        for label, name in enumerate(self.class_names):
+            for word in re.split(r"[\s_,]+", name.lower()):
+                columns[word] = columns.get(word, False) | (self.labels == label)
+        for name, kind in self.dataset.features.items():
+            if name not in _TEXTS and getattr(kind, "dtype", None) == "string":
+                values = np.asarray(self.dataset[name])
+                columns |= {value: values == value for value in np.unique(values).tolist()}
+        return pd.DataFrame(columns)
+
+    def object_cover(self, grid: tuple[int, int]) -> np.ndarray | None:
+        """Fraction of each patch that the object's mask covers, [N, rows * columns]; None where there are no masks."""
+        if "mask" not in self.dataset.column_names:
+            return None
+        masks = np.stack([np.asarray(mask.convert("L")) for mask in self.dataset["mask"]]) >= 128
+        n, height, width = masks.shape
+        rows, columns = grid
+        tiles = masks.reshape(n, rows, height // rows, columns, width // columns)
+        return tiles.mean((2, 4)).reshape(n, rows * columns)
 
 
 def load(
