@@ -128,7 +128,9 @@ class ImageScan:
 
     def share(self) -> np.ndarray:
         """Share of each wanted feature's activation that falls on the object; nan where it never fires."""
-        return np.divide(self.on_object, self.total, out=np.full(len(self.total), np.nan), where=self.total > 0)
+        return np.divide(
+            self.on_object, self.total, out=np.full(len(self.total), np.nan), where=self.total > 0
+        )
 
 
 def scan(scans: Mapping, tokens) -> None:

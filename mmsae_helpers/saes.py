@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -308,20 +307,16 @@ def obtain(
         found = {}
         for layer, seed in keys:
             names = (f"layer_{layer:02d}_seed_{seed}", sae_id.format(layer=layer, seed=seed))
-            own = [path / name for name in names if (path / name).is_dir()]
-            per_seed = own and (own[0].name == names[0] or "{seed}" in sae_id)
-            if not own:
-                raise InputError(
-                    f"no SAE for layer {layer} in {path}: there is no folder {names[1]} or {names[0]}"
-                )
-            if per_seed or seed == seeds[0]:
-                found[layer, seed] = load(own[0], d_in, device)
+            own = next((name for name in names if (path / name).is_dir()), None)
+            if own is None:
+                raise InputError(f"no SAE for layer {layer} in {path}: no folder {names[1]} or {names[0]}")
+            if own == names[0] or "{seed}" in sae_id or seed == seeds[0]:
+                found[layer, seed] = load(path / own, d_in, device)
         return found
     if path.is_absolute() or source.startswith((".", "~")):
         raise InputError(f"no such folder of SAEs: {path}; give a folder, a sae-lens release, or 'train'")
-    return {
-        (layer, seeds[0]): _released(source, sae_id.format(layer=layer), d_in, device) for layer in layers
-    }
+    ids = {(layer, seeds[0]): sae_id.format(layer=layer) for layer in layers}
+    return {key: _released(source, released_id, d_in, device) for key, released_id in ids.items()}
 
 
 def load(folder: Path | str, d_in: int | None = None, device: str = "cpu"):
@@ -334,18 +329,19 @@ def load(folder: Path | str, d_in: int | None = None, device: str = "cpu"):
             raise InputError(f"not an SAE in sae-lens format: {folder} has no {name}")
     try:
         sae = SAE.load_from_disk(folder, device=device)
-    except (
-        Exception
-    ) as error:  # a truncated or foreign file fails in safetensors, json or sae-lens, each its own way
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot read the SAE in {folder} ({reason[0]}); restore or delete it") from error
+    except Exception as error:  # truncated or foreign: safetensors, json and sae-lens each fail in their way
+        raise InputError(f"cannot read the SAE in {folder} ({_line(error)}); restore or delete it") from error
     return _frozen(_check_width(sae, d_in, folder))
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_width(sae, d_in: int | None, where):
     if d_in is not None and sae.cfg.d_in != d_in:
         raise InputError(
-            f"the SAE {where} takes activations {sae.cfg.d_in} wide, but the model's are {d_in} wide"
+            f"the SAE {where} takes activations {sae.cfg.d_in} wide, the model's are {d_in} wide"
         )
     return sae
 
@@ -357,8 +353,7 @@ def _released(release: str, sae_id: str, d_in: int, device: str):
     try:
         sae = SAE.from_pretrained(release, sae_id, device=device)
     except Exception as error:  # unknown release or id, no network, no such file: whichever library notices
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot get SAE {sae_id} of release {release}: {reason[0]}") from error
+        raise InputError(f"cannot get SAE {sae_id} of release {release}: {_line(error)}") from error
     factor = get_norm_scaling_factor(release, sae_id)
     sae.cfg.metadata.trained_norm = d_in**0.5 / factor if factor else None
     return _frozen(_check_width(sae, d_in, f"{release}/{sae_id}"))
@@ -393,15 +388,16 @@ def _trained(keys, d_in, folder, description, config, make, device, progress):
 
 def save(sae, folder: Path | str) -> None:
     """Write an SAE in sae-lens format, whole or not at all; an SAE already there stays."""
+    from safetensors import SafetensorError
+
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         sae.save_model(temporary)
         if not folder.exists():
             os.replace(temporary, folder)
-    except OSError as error:
-        raise InputError(f"cannot save an SAE in {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
+        raise InputError(f"cannot save an SAE in {folder}: {_line(error)}; free some space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -416,9 +412,8 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0):
     from sae_lens import SAE
 
     l0 = torch.cat([(like.encode(x) > 0).sum(1) for x in acts.split(1024)]).double().mean().item()
-    cfg = replace(
-        like.cfg, metadata=type(like.cfg.metadata)(hook_name=like.cfg.metadata.hook_name, random_seed=seed)
-    )
+    metadata = type(like.cfg.metadata)(hook_name=like.cfg.metadata.hook_name, random_seed=seed)
+    cfg = replace(like.cfg, metadata=metadata)
     with torch.random.fork_rng(devices=[]):
         sae = SAE.from_dict(cfg.to_dict())
     directions = torch.randn(like.cfg.d_sae, like.cfg.d_in, generator=torch.Generator().manual_seed(seed))

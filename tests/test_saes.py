@@ -188,10 +188,23 @@ def test_folder_with_sae_lens_ids_has_one_sae_a_layer(tmp_path):
     saes.save(sae, tmp_path / "blocks.6.hook_resid_post")
     found = saes.obtain(str(tmp_path), d_in=D_IN, layers=[6], seeds=[4, 5])
     assert list(found) == [(6, 4)]
-    with pytest.raises(InputError, match="32 wide, but the model's are 64 wide"):
+    with pytest.raises(InputError, match="32 wide, the model's are 64 wide"):
         saes.obtain(str(tmp_path), d_in=64, layers=[6])
     with pytest.raises(InputError, match="no SAE for layer 7"):
         saes.obtain(str(tmp_path), d_in=D_IN, layers=[7])
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    sae = saes.train(batches(60), d_in=D_IN, layers=[0], seeds=[0], config=CONFIG, progress=False)[0, 0]
+
+    def full(folder):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sae, "save_model", full)
+    with pytest.raises(InputError, match="No space left"):
+        saes.save(sae, tmp_path / "layer_00_seed_0")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

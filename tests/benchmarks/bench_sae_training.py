@@ -71,13 +71,9 @@ def main(steps: int = 1000, n_saes: int = 6) -> None:
         )
         seconds = time.perf_counter() - start
         health = saes.evaluate(trained[0, 0], [unseen], 0)
-        speed, all_18 = n_saes * steps * BATCH / seconds, 18 / n_saes * seconds
-        print(
-            f"saes.train {precision}: {speed:,.0f} tokens/s; {n_saes} SAEs x {steps} steps in {seconds:.1f} s"
-        )
-        print(
-            f"  18 SAEs: {all_18:.0f} s; explained variance {health.explained_variance:.3f}, L0 {health.l0:.1f}"
-        )
+        speed = n_saes * steps * BATCH / seconds
+        print(f"saes.train {precision}: {speed:,.0f} tokens/s; {steps} steps in {seconds:.1f} s", flush=True)
+        print(f"  so 18 SAEs in {18 / n_saes * seconds:.0f} s; on unseen tokens {health}", flush=True)
 
 
 if __name__ == "__main__":
