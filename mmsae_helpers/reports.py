@@ -1,7 +1,7 @@
 """Executed notebooks as HTML pages that open from disk without a network, and the index page of a profile.
 
 Built on nbconvert. Whatever a notebook displays is made safe here, before the template sees it: HTML and
-Markdown are cleaned of scripts (which then stand there as text), plotly's JSON becomes a figure, LaTeX becomes MathML.
+Markdown are cleaned of scripts (which then stand there as text), plotly's JSON a figure, LaTeX MathML.
 """
 
 import base64
@@ -9,6 +9,7 @@ import copy
 import html
 import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -128,6 +129,8 @@ def plotly_figure(figure):
 class _Exporter(HTMLExporter):
     def __init__(self, **kw):
         super().__init__(template_name=TEMPLATE.name, extra_template_basedirs=[str(TEMPLATE.parent)], **kw)
+        self.log = logging.getLogger("mmsae.reports")  # it warns of the pictures that get their words below
+        self.log.setLevel(logging.ERROR)
 
     def markdown2html(self, source):
         return markdown(source)
@@ -147,7 +150,7 @@ def _prepare(notebook):
                 page = f'<div class="scroll">{clean(_text(data["text/html"]))}</div>'
             elif "text/markdown" in data:
                 page = markdown(_text(data["text/markdown"]))
-                if output.metadata.get("mmsae") == "caption":
+                if output.metadata.get("text/markdown", {}).get("mmsae") == "caption":
                     page = f'<div class="figcaption">{page}</div>'
             elif "text/latex" in data:
                 page = to_mathml(_text(data["text/latex"]).strip("$ \n"), block=True)
@@ -218,7 +221,7 @@ def render(executed, page, result, status, single=False):
 
 
 def render_index(entries, profile, revision, page):
-    """Write the index page: per notebook a thumbnail, status, duration, verdicts, the traceback of a failure."""
+    """Write the index page: per notebook a thumbnail, status, duration, verdicts, any traceback."""
     from jinja2 import Environment, FileSystemLoader
 
     from . import results

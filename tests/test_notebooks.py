@@ -1,0 +1,109 @@
+"""Every notebook: its shape, its parameter files, and a run of it at profile smoke."""
+
+import json
+import re
+from pathlib import Path
+
+import papermill
+import pytest
+
+from mmsae_helpers import parameters, results, runner
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path):
+    return [(c["cell_type"], parameters.source(c), c) for c in parameters.read_notebook(path)["cells"]]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS and all(re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem) for path in NOTEBOOKS)
+
+
+@each_notebook
+def test_shape(path):
+    kinds = [kind for kind, _, _ in cells(path)]
+    code = [text for kind, text, _ in cells(path) if kind == "code"]
+    lengths = [sum(bool(line.strip()) for line in text.splitlines()) for text in code]
+    assert sum(n > 15 for n in lengths) <= 0.1 * len(code), (
+        f"cells over 15 lines: {[n for n in lengths if n > 15]}"
+    )
+    assert max(lengths) <= 40
+    assert kinds.count("markdown") >= 0.75 * len(code), "three prose cells for every four code cells"
+    assert "code code code code" not in " ".join(kinds), "never more than three code cells without prose"
+    text = "\n".join(code)
+    assert not re.search(r"^class ", text, re.M) and len(re.findall(r"^\s*def ", text, re.M)) <= 2
+    importing = [c for c in code if re.search(r"^(import|from) ", c, re.M)]
+    assert len(importing) == 1, "one import cell"
+    assert not re.search(r"""["'](/|~|[A-Z]:\\)[\w/]""", text) and "cuda:0" not in text
+    assert not any(c.get("outputs") or c.get("execution_count") for _, _, c in cells(path)), "stored outputs"
+    assert re.match(r"# \S", cells(path)[0][1]), "starts with its title"
+    assert "import *" not in text and "run.save()" in code[-1]
+    assert f'Run("{path.stem}", globals())' in text
+
+
+@each_notebook
+def test_nothing_asks_which_profile_it_runs_in(path):
+    for _, text, cell in cells(path):
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
+            assert not re.search(r"""profile\s*[!=]=|[!=]=\s*["'](smoke|tiny|paper)["']""", text)
+
+
+@each_notebook
+def test_parameters(path):
+    known = parameters.defaults(path)
+    assert set(papermill.inspect_notebook(path)) == set(known), "papermill must see every parameter"
+    assert known["profile"] == "tiny"
+    for profile in parameters.PROFILES:
+        values = parameters.load(ROOT / "params" / profile / f"{path.stem}.yaml", path)
+        assert values["profile"] == profile
+        if profile == "tiny":
+            assert values.items() <= known.items(), "the defaults are the tiny profile"
+    kernel = parameters.read_notebook(path)["metadata"]["kernelspec"]
+    assert kernel["name"] == "python3" and kernel["language"] == "python"
+
+
+def test_no_parameter_file_without_its_notebook():
+    names = {path.stem for path in NOTEBOOKS}
+    assert {p.stem for p in (ROOT / "params").glob("*/*.yaml")} == names
+
+
+def test_running_order():
+    needs = runner.order(ROOT)
+    names = list(needs)
+    assert names[-1] == "08_claims_ledger" and needs["08_claims_ledger"][1]
+    if "02_classification_ablations" in needs:
+        assert needs["02_classification_ablations"][0] == ["01_llava_transfer_signal"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Artifacts, reports and number of failures of the whole suite at profile smoke."""
+    folder = tmp_path_factory.mktemp("smoke")
+    failed = runner.run(ROOT, "smoke", artifacts=folder / "artifacts", reports=folder / "reports")
+    return folder / "artifacts/smoke", folder / "reports", failed
+
+
+@each_notebook
+def test_runs_at_profile_smoke(smoke, path):
+    artifacts, reports, _ = smoke
+    status = json.loads((artifacts / path.stem / "run.json").read_text())
+    assert status["status"] == "ok", f"{status['error']}\n{status['traceback']}"
+    assert (reports / "smoke" / f"{path.stem}.html").stat().st_size > 5000
+    written = json.loads((artifacts / path.stem / "results.json").read_text())
+    assert written["notebook"] == path.stem and written["profile"] == "smoke" and written["metrics"]
+    for name, metric in written["metrics"].items():
+        assert set(metric) == {"value", "ci", "n", "unit"}, name
+        assert isinstance(metric["value"], int | float), f"{name} is {metric['value']}"
+    for claim in written["claims"]:
+        assert set(claim) == {"id", "verdict", "effect", "ci", "n", "note"}
+        assert claim["id"] in results.CLAIMS and claim["verdict"] in results.VERDICTS
+
+
+def test_suite_ends_well_and_writes_the_ledger(smoke):
+    artifacts, reports, failed = smoke
+    assert failed == 0 and (reports / "smoke/index.html").is_file()
+    table = (reports / "smoke_ledger.md").read_text()
+    assert all(f"| {claim} |" in table for claim in results.CLAIMS)

@@ -1,0 +1,121 @@
+import json
+
+import numpy as np
+import pytest
+import throwaway
+from scipy import stats
+
+from mmsae_helpers import results
+from mmsae_helpers.errors import InputError
+from mmsae_helpers.results import Interval, Run, mean_ci, verdict
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    throwaway.write(tmp_path, "01_x", parameters='profile = "tiny"\nlr = 0.1\nseeds = [0, 1, 2]')
+    monkeypatch.setenv("MMSAE_ROOT", str(tmp_path))
+    monkeypatch.delenv("MMSAE_ARTIFACTS", raising=False)
+    monkeypatch.delenv("MMSAE_REPORTS", raising=False)
+    return tmp_path
+
+
+def values(**given):
+    return {"profile": "tiny", "lr": 0.1, "seeds": [0, 1, 2], "other": 3} | given
+
+
+def test_mean_ci_is_the_t_interval():
+    got, x = mean_ci([0.1, 0.4, 0.3]), [0.1, 0.4, 0.3]
+    low, high = stats.t.interval(0.95, 2, np.mean(x), stats.sem(x))
+    assert np.allclose(got[:3], [np.mean(x), low, high]) and got.n == 3
+    assert mean_ci([0.5]) == Interval(0.5, None, None, 1)
+    with pytest.raises(InputError, match="finite"):
+        mean_ci([0.1, float("nan")])
+
+
+def test_bootstrap_is_seeded_and_covers_the_estimate():
+    x = np.random.default_rng(0).normal(size=100)
+    got = results.bootstrap_ci(x, np.median, seed=1)
+    assert got == results.bootstrap_ci(x, np.median, seed=1)
+    assert got.lo < got.value < got.hi
+
+
+@pytest.mark.parametrize(
+    "ci, direction, null, said",
+    [
+        ((0.1, 0.3), "greater", 0, "replicated"),
+        ((-0.1, 0.3), "greater", 0, "inconclusive"),
+        ((-0.3, -0.1), "greater", 0, "contradicted"),
+        ((-0.3, -0.1), "less", 0, "replicated"),
+        ((-0.02, 0.3), "greater", -0.05, "replicated"),
+        ((-0.02, 0.03), "within", 0.05, "replicated"),
+        ((-0.02, 0.08), "within", 0.05, "inconclusive"),
+        ((0.06, 0.08), "within", 0.05, "contradicted"),
+        (None, "greater", 0, "inconclusive"),
+        ((float("nan"), 1), "greater", 0, "inconclusive"),
+    ],
+)
+def test_verdict_from_the_interval(ci, direction, null, said):
+    assert verdict(0.1, ci, direction, null) == said
+
+
+def test_run_writes_the_contract(root):
+    run = Run("01_x", values())
+    run.metric("f1", mean_ci([0.7, 0.8, 0.9]), unit="Macro F1")
+    run.metric("tokens", np.int64(7))
+    run.metric("broken", float("nan"))
+    run.claim("A1", effect=Interval(0.2, 0.1, 0.3, 3), note="rise per layer")
+    run.claim("A2", "inconclusive", 0.0, (-1.0, 1.0), 3)
+    run.save()
+    written = json.loads((root / "artifacts/tiny/01_x/results.json").read_text())
+    assert set(written) == {"notebook", "profile", "parameters", "metrics", "claims", "provenance"}
+    assert written["parameters"] == {"profile": "tiny", "lr": 0.1, "seeds": [0, 1, 2]}
+    assert written["metrics"]["f1"]["n"] == 3 and len(written["metrics"]["f1"]["ci"]) == 2
+    assert written["metrics"]["tokens"] == {"value": 7, "ci": None, "n": None, "unit": ""}
+    assert written["metrics"]["broken"]["value"] is None
+    assert written["claims"][0]["verdict"] == "replicated" and written["claims"][0]["ci"] == [0.1, 0.3]
+    assert {"versions", "revision", "device", "seeds", "duration_s"} <= set(written["provenance"])
+    assert not list(run.folder.glob("*.part"))
+
+
+def test_run_refuses_what_it_cannot_use(root):
+    with pytest.raises(InputError, match="lr is the text '1e-4'"):
+        Run("01_x", values(lr="1e-4"))
+    with pytest.raises(InputError, match="names a folder"):
+        Run("01_x", values(profile="../x"))
+    with pytest.raises(InputError, match="run the parameters cell first"):
+        Run("01_x", {})
+    with pytest.raises(InputError, match="no such notebook"):
+        Run("02_y", values())
+    run = Run("01_x", values())
+    with pytest.raises(InputError, match="no claim 'Z1'"):
+        run.claim("Z1")
+    with pytest.raises(InputError, match="verdict 'maybe'"):
+        run.claim("A1", "maybe")
+
+
+def test_ledger_has_every_claim_and_says_not_run(root):
+    run = Run("01_x", values())
+    run.claim("A1", effect=Interval(0.2, 0.1, 0.3, 3), note="a | <script>")
+    run.save()
+    ledger = results.ledger("tiny")
+    assert list(dict.fromkeys(ledger["claim"])) == list(results.CLAIMS)
+    first = ledger.iloc[0]
+    assert (
+        first["ours"] == "0.2 [0.1, 0.3]" and first["notebook"] == "01_x" and first["verdict"] == "replicated"
+    )
+    assert set(ledger["verdict"][1:]) == {"not run"}
+    text = results.to_markdown(ledger)
+    assert "a \\| &lt;script&gt;" in text and len(text.splitlines()) == len(ledger) + 2
+
+
+def test_ledger_names_a_broken_file(root):
+    folder = root / "artifacts/tiny/01_x"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{")
+    with pytest.raises(InputError, match="01_x.*not JSON"):
+        results.ledger("tiny")
+
+
+def test_claims_are_those_of_the_papers():
+    assert len(results.CLAIMS) == 23
+    assert [id for id in results.CLAIMS if id.startswith("A")] == [f"A{i}" for i in range(1, 10)]
