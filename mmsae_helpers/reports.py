@@ -56,15 +56,9 @@ class Entry(NamedTuple):
 
 def clean(markup):
     """HTML without scripts, event handlers or foreign images; a tag not let through arrives as text."""
-    markup = re.sub(
-        r"<style\b.*?</style>", "", markup, flags=re.S | re.I
-    )  # pandas prints one with every table
-    css = CSSSanitizer(
-        allowed_css_properties=["color", "background-color", "text-align", "font-weight", "width"]
-    )
-    return bleach.clean(
-        markup, TAGS, ATTRIBUTES, protocols=["http", "https", "mailto", "data"], css_sanitizer=css
-    )
+    markup = re.sub(r"<style\b.*?</style>", "", markup, flags=re.S | re.I)  # pandas prints one with every table
+    css = CSSSanitizer(allowed_css_properties=["color", "background-color", "text-align", "font-weight", "width"])
+    return bleach.clean(markup, TAGS, ATTRIBUTES, protocols=["http", "https", "mailto", "data"], css_sanitizer=css)
 
 
 def to_mathml(latex, block=False):
@@ -114,15 +108,9 @@ def plotly_figure(figure):
             return {key: text(value) for key, value in item.items()}
         if isinstance(item, list):
             return [text(value) for value in item]
-        return (
-            re.sub(r"<(?!/?(?:b|i|br|em|strong|sub|sup|s|u)\s*/?>)", "&lt;", item)
-            if isinstance(item, str)
-            else item
-        )
+        return re.sub(r"<(?!/?(?:b|i|br|em|strong|sub|sup|s|u)\s*/?>)", "&lt;", item) if isinstance(item, str) else item
 
-    data = json.dumps({"data": text(figure["data"]), "layout": text(figure.get("layout", {}))}).replace(
-        "<", "\\u003c"
-    )
+    data = json.dumps({"data": text(figure["data"]), "layout": text(figure.get("layout", {}))}).replace("<", "\\u003c")
     return f'<div class="plotly-figure"><script type="application/json">{data}</script></div>'
 
 
@@ -185,9 +173,7 @@ def render(executed, page, result, status, single=False):
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
     facts = {
         "title": title,
-        "parameters": {
-            k: json.dumps(v, ensure_ascii=False) for k, v in (result.get("parameters") or given).items()
-        },
+        "parameters": {k: json.dumps(v, ensure_ascii=False) for k, v in (result.get("parameters") or given).items()},
         "provenance": result.get("provenance", {}),
         "claims": result.get("claims", []),
         "status": status,
@@ -209,6 +195,9 @@ def render(executed, page, result, status, single=False):
         item = soup.new_tag("a", href=f"#section-{i}", attrs={"class": heading.name})
         item.extend(copy.copy(part) for part in heading.contents)
         contents.append(item)
+    for link in soup.select('main a[href$=".ipynb"]'):  # from notebook to notebook: here from page to page
+        if "/" not in link["href"]:
+            link["href"] = link["href"].replace(".ipynb", ".single.html" if single else ".html")
     if not contents.contents:
         contents.parent.decompose()
     for cell in soup.select(".jp-CodeCell"):
@@ -261,9 +250,7 @@ def render_index(entries, profile, revision, page):
 
 def _title(notebook, fallback):
     for cell in notebook.cells:
-        if cell.cell_type == "markdown" and (
-            found := re.search(r"^#\s+(.+)$", parameters.source(cell), re.M)
-        ):
+        if cell.cell_type == "markdown" and (found := re.search(r"^#\s+(.+)$", parameters.source(cell), re.M)):
             return re.sub(r"[*`$]", "", found[1]).strip()
     return fallback
 
