@@ -83,9 +83,7 @@ def bars(ax, labels, intervals, colour=PALETTE[0], unit=""):
     y = np.arange(len(labels))[::-1]
     values = np.array([iv.value for iv in intervals], float)
     ends = np.array([[iv.value, iv.value] if iv.lo is None else [iv.lo, iv.hi] for iv in intervals], float)
-    ax.barh(
-        y, values, xerr=np.abs(ends.T - values), color=colour, height=0.65, error_kw={"ecolor": "#444444"}
-    )
+    ax.barh(y, values, xerr=np.abs(ends.T - values), color=colour, height=0.65, error_kw={"ecolor": "#444444"})
     ax.set_yticks(y, labels)
     ax.grid(axis="y", visible=False)
     for at, value, hi in zip(y, values, ends.max(1), strict=True):

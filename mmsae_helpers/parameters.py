@@ -52,9 +52,7 @@ def defaults(notebook_path):
 
     The cell may hold only assignments of literals, one name each: what is read here is what runs.
     """
-    cells = [
-        c for c in read_notebook(notebook_path)["cells"] if "parameters" in c["metadata"].get("tags", [])
-    ]
+    cells = [c for c in read_notebook(notebook_path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook_path}: {len(cells)} cells are tagged 'parameters'; tag exactly one")
     found = {}
@@ -98,9 +96,7 @@ def check(values, expected, where):
 
 def _fit(value, default, where):
     if isinstance(value, str) and not isinstance(default, str) and _is_number(value):
-        raise InputError(
-            f"{where} is the text '{value}', not a number; YAML reads 1e-4 as text, write 1.0e-4"
-        )
+        raise InputError(f"{where} is the text '{value}', not a number; YAML reads 1e-4 as text, write 1.0e-4")
     if default is None:
         return value
     if isinstance(default, float) and type(value) is int:
@@ -152,9 +148,7 @@ def load(params_path, notebook_path):
     try:
         values = yaml.load(Path(params_path).read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
-        raise InputError(
-            f"{params_path}: no such parameter file; every notebook has one per profile"
-        ) from None
+        raise InputError(f"{params_path}: no such parameter file; every notebook has one per profile") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

@@ -68,9 +68,7 @@ class Store:
 
     def done(self, task):
         """Remember a success, unless an input changed since `fresh` was asked: it is out of date again."""
-        if all(
-            os.path.exists(path) and os.stat(path).st_mtime_ns == seen for path, seen in task.seen.items()
-        ):
+        if all(os.path.exists(path) and os.stat(path).st_mtime_ns == seen for path, seen in task.seen.items()):
             task.save_extra_values()
             self.db.save_success(task)
             self.db.backend.dump()
@@ -206,9 +204,7 @@ def execute(plan, name, title, out):
         values = parameters.load(plan.params(name), plan.notebook(name))
         profile = values.get("profile", parameters.defaults(plan.notebook(name)).get("profile", plan.profile))
         if profile != plan.profile:
-            raise InputError(
-                f"{plan.params(name)}: says profile '{profile}'; write 'profile: {plan.profile}'"
-            )
+            raise InputError(f"{plan.params(name)}: says profile '{profile}'; write 'profile: {plan.profile}'")
         cells = parameters.read_notebook(plan.notebook(name))["cells"]
         total = sum(c["cell_type"] == "code" for c in cells) + bool(values)  # papermill adds one
         progress = Progress(title, total, out)
@@ -230,9 +226,7 @@ def execute(plan, name, title, out):
         for i, cell in enumerate(code, 1):
             if cell.metadata.get("papermill", {}).get("status") != "completed":
                 trace = [line for o in cell.outputs for line in o.get("traceback", [])]
-                raise Stopped(
-                    f"code cell {i} of {len(code)} ended the notebook with sys.exit", "\n".join(trace)
-                )
+                raise Stopped(f"code cell {i} of {len(code)} ended the notebook with sys.exit", "\n".join(trace))
         if not plan.result(name).is_file():
             raise Stopped("ended without results.json; its last cell must call run.save()")
     except Exception as error:
@@ -370,9 +364,7 @@ def _render_index(plan, store, names, page):
 
 def _page_task(name, inputs, page, names=()):
     files = [str(p) for p in inputs if p.is_file()]
-    return Task(
-        name, None, file_dep=files, targets=[str(page)], uptodate=[config_changed({"names": list(names)})]
-    )
+    return Task(name, None, file_dep=files, targets=[str(page)], uptodate=[config_changed({"names": list(names)})])
 
 
 def _presentation():
@@ -389,15 +381,11 @@ def _clock(seconds):
 
 def main(argv=None):
     """Command line; returns the exit status: 0, 1 when a notebook failed, 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmsae_helpers.runner", description=run.__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m mmsae_helpers.runner", description=run.__doc__.splitlines()[0])
     parser.add_argument("--root", help="folder with notebooks/ and params/ (default: this repository)")
     parser.add_argument("--profile", default="tiny", help="folder of params/ (default: tiny)")
     parser.add_argument("--only", default="", help="first letters of notebook names, as in 03 or 01,02")
-    parser.add_argument(
-        "--single", action="store_true", help="also write each report as one self-contained HTML file"
-    )
+    parser.add_argument("--single", action="store_true", help="also write each report as one self-contained HTML file")
     parser.add_argument("--artifacts", help="where results go (default: artifacts/ of the root)")
     parser.add_argument("--reports", help="where pages go (default: reports/ of the root)")
     args = parser.parse_args(argv)

@@ -27,9 +27,7 @@ def test_shape(path):
     kinds = [kind for kind, _, _ in cells(path)]
     code = [text for kind, text, _ in cells(path) if kind == "code"]
     lengths = [sum(bool(line.strip()) for line in text.splitlines()) for text in code]
-    assert sum(n > 15 for n in lengths) <= 0.1 * len(code), (
-        f"cells over 15 lines: {[n for n in lengths if n > 15]}"
-    )
+    assert sum(n > 15 for n in lengths) <= 0.1 * len(code), f"cells over 15 lines: {[n for n in lengths if n > 15]}"
     assert max(lengths) <= 40
     assert kinds.count("markdown") >= 0.75 * len(code), "three prose cells for every four code cells"
     assert "code code code code" not in " ".join(kinds), "never more than three code cells without prose"

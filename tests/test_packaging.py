@@ -12,9 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WANTED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 WANTED += [Requirement(text) for text in PROJECT["project"]["optional-dependencies"]["dev"]]
-PINS = dict(
-    line.split("==") for line in (ROOT / "constraints.txt").read_text().split("\n") if line and line[0] != "#"
-)
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split("\n") if line and line[0] != "#")
 
 
 def test_constraints_pin_everything_pyproject_asks_for():
@@ -25,9 +23,7 @@ def test_constraints_pin_everything_pyproject_asks_for():
 
 def test_constraints_are_exact_portable_and_sorted():
     assert list(PINS) == sorted(PINS) and all(name == canonicalize_name(name) for name in PINS)
-    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", pin) for pin in PINS.values()), (
-        "no local version labels such as +cpu"
-    )
+    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", pin) for pin in PINS.values()), "no local version labels such as +cpu"
     assert PINS["torch"] == "2.13.0" and Version(PINS["transformer-lens"]) < Version("4")
     assert "ipywidgets" not in PINS, "tqdm prints text only without it"
 

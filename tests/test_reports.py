@@ -56,10 +56,7 @@ def test_report_states_what_it_came_from(pages):
     assert len(page.select("details.code:not([open]) pre")) == len(CELLS) - 2 + 4  # papermill injects one
     assert page.select_one("a[download]")["href"] == "01_signal.ipynb"
     assert page.select_one("header a")["href"] == "index.html"
-    assert (
-        page.select_one(".jp-RenderedImage img")["alt"]
-        == "Figure. Class <script>window.hacked = 2</script> rises."
-    )
+    assert page.select_one(".jp-RenderedImage img")["alt"] == "Figure. Class <script>window.hacked = 2</script> rises."
     single = BeautifulSoup((pages / "01_signal.single.html").read_text(), "html.parser")
     assert single.select_one("a[download]")["href"].startswith("data:application/x-ipynb+json;base64,")
 
@@ -85,14 +82,10 @@ def test_cleaning():
     assert "src" not in reports.clean('<img src="//example.com/x.png"><img src="x.png">')
     assert reports.clean('<a href="javascript:x">a</a>') == "<a>a</a>"
     assert reports.clean("<style scoped>td {}</style><table></table>") == "<table></table>"
-    assert "<math" in reports.markdown("$a_1 < b$ and *text*") and "<em>text</em>" in reports.markdown(
-        "*text*"
-    )
+    assert "<math" in reports.markdown("$a_1 < b$ and *text*") and "<em>text</em>" in reports.markdown("*text*")
     assert reports.to_mathml(r"\nonsense{") == "<code>\\nonsense{</code>"
     figure = reports.plotly_figure({"data": [{"name": "<script>a<b>c</b>"}], "layout": {}})
-    assert (
-        json.loads(figure.split(">", 2)[2].split("</script>")[0])["data"][0]["name"] == "&lt;script>a<b>c</b>"
-    )
+    assert json.loads(figure.split(">", 2)[2].split("</script>")[0])["data"][0]["name"] == "&lt;script>a<b>c</b>"
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +150,7 @@ def test_light_and_dark(browser, pages):
     def paper(page):
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
-    light, dark = (
-        visit(browser, pages / "01_signal.html", color_scheme=scheme)[0] for scheme in ("light", "dark")
-    )
+    light, dark = (visit(browser, pages / "01_signal.html", color_scheme=scheme)[0] for scheme in ("light", "dark"))
     assert paper(light) == "rgb(255, 255, 255)" and paper(dark) != paper(light)
     night = paper(dark)
     dark.click("#theme")

@@ -100,9 +100,7 @@ def test_ledger_has_every_claim_and_says_not_run(root):
     ledger = results.ledger("tiny")
     assert list(dict.fromkeys(ledger["claim"])) == list(results.CLAIMS)
     first = ledger.iloc[0]
-    assert (
-        first["ours"] == "0.2 [0.1, 0.3]" and first["notebook"] == "01_x" and first["verdict"] == "replicated"
-    )
+    assert first["ours"] == "0.2 [0.1, 0.3]" and first["notebook"] == "01_x" and first["verdict"] == "replicated"
     assert set(ledger["verdict"][1:]) == {"not run"}
     text = results.to_markdown(ledger)
     assert "a \\| &lt;script&gt;" in text and len(text.splitlines()) == len(ledger) + 2

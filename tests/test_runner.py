@@ -48,9 +48,7 @@ def test_only_what_is_out_of_date_runs(chain):
     (chain / "params/tiny/02_second.yaml").write_text("profile: tiny\nlr: 0.2\n")
     failed, log = go(chain)
     assert ran(log) == ["02_second", "08_all"]
-    assert (
-        json.loads((chain / "artifacts/tiny/02_second/results.json").read_text())["parameters"]["lr"] == 0.2
-    )
+    assert json.loads((chain / "artifacts/tiny/02_second/results.json").read_text())["parameters"]["lr"] == 0.2
 
     path = chain / "notebooks/01_first.ipynb"
     notebook = nbformat.read(path, 4)
