@@ -36,14 +36,19 @@ class TokenBatch(NamedTuple):
     patch: torch.Tensor  # patch index row * columns + column [N] int64, -1 for text
 
 
+class Means(NamedTuple):
+    """Of one pass, by layer: every sample's mean residual [S, d_model], and the mean norm of the tokens."""
+
+    residual: dict[int, torch.Tensor]
+    norm: dict[int, float]
+
+
 class _Stop(Exception):
     """Ends a forward pass after the last hooked block."""
 
 
 @contextmanager
-def hooked(
-    adapter, layers: Iterable[int], reading: Reading = "corrected"
-) -> Iterator[dict[int, torch.Tensor]]:
+def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> Iterator[dict[int, torch.Tensor]]:
     """Hook decoder blocks; one `run` inside the context fills the dict yielded: layer -> [B, T, d_model].
 
     ``as_published`` reads each block's input instead of its output (METHODS A.3 a). A second forward inside
@@ -125,6 +130,22 @@ def stream(
             is_image=is_image[mask].cpu(),
             patch=patch[mask].cpu(),
         )
+
+
+def means(tokens: Iterable[TokenBatch]) -> Means:
+    """Mean residual of each sample's tokens, rows in the order in which samples come; whole samples per batch."""
+    parts, norms, n = {}, {}, 0
+    for batch in tokens:
+        ids, rows = batch.sample.unique(return_inverse=True)
+        n += len(rows)
+        for layer, acts in batch.acts.items():
+            total = torch.zeros(len(ids), acts.shape[1], dtype=torch.float64).index_add_(0, rows, acts.double())
+            parts.setdefault(layer, []).append((total / rows.bincount()[:, None]).float())
+            norms[layer] = norms.get(layer, 0.0) + acts.norm(dim=1).sum(dtype=torch.float64).item()
+    if not n:
+        raise InputError("no tokens to average: the pass kept none")
+    residual = {layer: torch.cat(rows) for layer, rows in parts.items()}
+    return Means(residual, {layer: norm / n for layer, norm in norms.items()})
 
 
 def _image_positions(adapter, ids_bt: torch.Tensor, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,19 @@ class ImageData(NamedTuple):
                 columns |= {value: values == value for value in np.unique(values).tolist()}
         return pd.DataFrame(columns)
 
+    def named_in(self, texts: Iterable[str]) -> np.ndarray:
+        """The class whose name occurs in each text, int [N]; -1 where none does, or several do.
+
+        Case and punctuation do not matter; a name inside a longer one that is there does not count.
+        """
+        names = [_words(name) for name in self.class_names]
+        out = []
+        for text in map(_words, texts):
+            found = [name for name in names if f" {name} " in f" {text} "]
+            found = [n for n in found if not any(n != other and f" {n} " in f" {other} " for other in found)]
+            out.append(names.index(found[0]) if len(found) == 1 else -1)
+        return np.array(out, dtype=int)
+
     def object_cover(self, grid: tuple[int, int]) -> np.ndarray | None:
         """Fraction of each patch that the object's mask covers, [N, rows * columns]; None where there are no masks."""
         if "mask" not in self.dataset.column_names:
@@ -62,6 +75,10 @@ class ImageData(NamedTuple):
         rows, columns = grid
         tiles = masks.reshape(n, rows, height // rows, columns, width // columns)
         return tiles.mean((2, 4)).reshape(n, rows * columns)
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
 def load(

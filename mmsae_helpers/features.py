@@ -6,7 +6,8 @@ one token are ranked, ties go to the lowest feature index and inactive features 
 float64, in token order, so pooling in chunks equals pooling at once bit for bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -242,6 +243,44 @@ class PoolStream:
         d = next(iter(parts[0].pooled.values())).values.shape[1]
         sample = np.concatenate([p.sample for p in parts])
         return PooledSamples(sample, {n: _stack([p.pooled.pop(n) for p in parts], d) for n in self.ns})
+
+
+def pool_pass(tokens, saes: Mapping, ns: Sequence = POOLINGS, scales: Mapping | None = None) -> dict:
+    """Pool one pass over TokenBatches of whole samples under every SAE, two at a time on two cores.
+
+    ``saes`` by key (layer, ...); ``scales``: factor on the residuals, by key. Returns {key: {N: Pooled}}, rows
+    in the order of the samples.
+    """
+    import torch
+
+    streams = {key: PoolStream(ns) for key in saes}
+    threads = torch.get_num_threads()
+
+    def add(key, batch):
+        found = encode(saes[key], batch.acts[key[0]], (scales or {}).get(key, 1.0))
+        streams[key].add(found, batch.sample.numpy())
+
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for batch in tokens:
+            torch.set_num_threads(1)
+            list(pool.map(add, streams, [batch] * len(streams)))
+            torch.set_num_threads(threads)  # for the model's forward, where the pass is not stored
+    return {key: stream.result().pooled for key, stream in streams.items()}
+
+
+def matrices(pooled: Mapping, reading: str = "corrected") -> dict[tuple[str, str], sp.csr_matrix]:
+    """What paper A's classifiers are given, by (pooling, form), from {N: Pooled}.
+
+    Pooling "sum" or "top-N". Form "binarised": whether any token kept the feature, 0 or 1; "raw": the sum of
+    the kept activations, but for top-N of ``as_published`` the number of tokens that kept it (METHODS A.2).
+    """
+    out = {}
+    for n, (values, counts) in pooled.items():
+        name, counted = ("sum", False) if n is None else (f"top-{n}", reading == "as_published")
+        out[name, "raw"] = counts.astype(np.float32) if counted else values
+        ones = np.ones(values.nnz, np.float32)
+        out[name, "binarised"] = sp.csr_matrix((ones, values.indices, values.indptr), values.shape)
+    return out
 
 
 class _Once:

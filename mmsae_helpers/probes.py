@@ -40,12 +40,30 @@ class Prediction(NamedTuple):
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over the classes that occur in either of 2 TP / (2 TP + FP + FN); scikit-learn's f1_score."""
+    """Mean over the classes that occur in either of 2 TP / (2 TP + FP + FN); scikit-learn's f1_score.
+
+    A negative prediction is an answer that names no class: missed, but no class of its own.
+    """
     n = int(max(truth.max(), predicted.max())) + 1
     hits = np.bincount(truth[truth == predicted], minlength=n)
-    occurrences = np.bincount(truth, minlength=n) + np.bincount(predicted, minlength=n)
+    occurrences = np.bincount(truth, minlength=n) + np.bincount(predicted[predicted >= 0], minlength=n)
     present = occurrences > 0
     return float(np.mean(2 * hits[present] / occurrences[present]))
+
+
+def between_classes(X, y: np.ndarray) -> np.ndarray:
+    """Share of each feature's variance that lies between the classes y, [d]; nan where it is constant.
+
+    X [n, d] is dense or sparse. sum_k n_k (mean_k - mean)^2 / sum_i (x_i - mean)^2.
+    """
+    y = np.asarray(y)
+    total = sp.csr_matrix((np.ones(len(y)), (y, np.arange(len(y))))) @ X
+    total = total.toarray() if sp.issparse(total) else np.asarray(total)
+    n_k = np.maximum(np.bincount(y), 1)
+    squares = np.asarray((X.multiply(X) if sp.issparse(X) else np.square(X)).sum(0, dtype=np.float64)).ravel()
+    rest = total.sum(0) ** 2 / len(y)
+    between, whole = (total**2 / n_k[:, None]).sum(0) - rest, squares - rest
+    return np.divide(between, whole, out=np.full(len(whole), np.nan), where=whole > 1e-6 * squares)
 
 
 def splits(y: np.ndarray, train_parts: int, test_parts: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,9 +78,7 @@ def splits(y: np.ndarray, train_parts: int, test_parts: int, seed: int) -> tuple
         rows = rng.permutation(np.flatnonzero(y == label))
         n_train = round(len(rows) * train_parts / (train_parts + test_parts))
         if not 0 < n_train < len(rows):
-            raise InputError(
-                f"class {label} has {len(rows)} rows: too few to split {train_parts}:{test_parts}"
-            )
+            raise InputError(f"class {label} has {len(rows)} rows: too few to split {train_parts}:{test_parts}")
         train.append(rows[:n_train])
         test.append(rows[n_train:])
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))

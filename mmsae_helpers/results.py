@@ -75,9 +75,7 @@ def mean_ci(values, level=0.95):
     if values.size == 1:
         return Interval(float(values[0]), None, None, 1)
     half = stats.t.ppf((1 + level) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
-    return Interval(
-        float(values.mean()), float(values.mean() - half), float(values.mean() + half), values.size
-    )
+    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), values.size)
 
 
 def bootstrap_ci(values, statistic=np.mean, seed=0, level=0.95, resamples=2000):
@@ -114,6 +112,16 @@ def verdict(effect, ci, direction="greater", null=0.0):
     return "replicated" if holds else "contradicted" if fails else "inconclusive"
 
 
+def weakest(parts):
+    """Of ``parts`` {what: `Interval` of an effect that should be above 0}, the one that holds least: (what, Interval).
+
+    A claim of several parts stands only as far as this one: an intersection-union test, without correction.
+    """
+    order = ("contradicted", "inconclusive", "replicated")
+    said = {what: verdict(part.value, (part.lo, part.hi)) for what, part in parts.items()}
+    return min(parts.items(), key=lambda item: (order.index(said[item[0]]), item[1].value))
+
+
 class Run:
     """One run of one notebook: its checked parameters, its folders, its metrics and claims.
 
@@ -139,15 +147,11 @@ class Run:
         path = root / "notebooks" / f"{notebook}.ipynb"
         expected = _parameters.defaults(path)
         if missing := [name for name in expected if name not in namespace]:
-            raise InputError(
-                f"{notebook}: parameter '{missing[0]}' is not defined; run the parameters cell first"
-            )
+            raise InputError(f"{notebook}: parameter '{missing[0]}' is not defined; run the parameters cell first")
         self.parameters = _parameters.check({name: namespace[name] for name in expected}, expected, notebook)
         self.notebook, self.profile = notebook, self.parameters.get("profile", "tiny")
         if not re.fullmatch(r"[\w-]+", self.profile):
-            raise InputError(
-                f"{notebook}: profile '{self.profile}' names a folder; use letters, digits, - and _"
-            )
+            raise InputError(f"{notebook}: profile '{self.profile}' names a folder; use letters, digits, - and _")
         base = artifacts_root(root) / self.profile
         self.folder, self.cache, self.saes = base / notebook, base / "cache", base / "saes"
         self.reports = Path(os.environ.get("MMSAE_REPORTS", root / "reports"))
@@ -289,11 +293,7 @@ def ledger(profile, root=None):
                 "verdict": "not run",
             }
             if found:
-                ours = (
-                    ""
-                    if found["effect"] is None
-                    else Interval(found["effect"], *(found["ci"] or (None, None)), 0)
-                )
+                ours = "" if found["effect"] is None else Interval(found["effect"], *(found["ci"] or (None, None)), 0)
                 row |= {"ours": str(ours), "n": found["n"] or "", "verdict": found["verdict"]}
             rows.append(row | {"measured": found["note"] if found else "", "notebook": name})
     return pd.DataFrame(rows)

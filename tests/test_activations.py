@@ -136,3 +136,16 @@ def test_bad_requests_are_named(llava, image_batches):
         next(activations.stream(llava, image_batches(), [0], "images"))
     with pytest.raises(InputError, match="reading is 'paper'"):
         next(activations.stream(llava, image_batches(), [0], reading="paper"))
+
+
+def test_means_are_per_sample_and_over_all_tokens(llava, image_batches):
+    one = list(activations.stream(llava, image_batches(0, 7, 7), [1, 3]))
+    several = list(activations.stream(llava, image_batches(0, 7, 3), [1, 3]))
+    means = activations.means(several)
+    for layer in (1, 3):
+        acts = one[0].acts[layer]
+        expected = torch.stack([acts[one[0].sample == s].mean(0) for s in range(7)])
+        torch.testing.assert_close(means.residual[layer], expected)
+        assert means.norm[layer] == pytest.approx(acts.norm(dim=1).mean().item(), rel=1e-5)
+    with pytest.raises(InputError, match="no tokens"):
+        activations.means([])

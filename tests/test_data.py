@@ -102,3 +102,10 @@ def test_documents(tmp_path):
     assert sorted(data.documents(str(tmp_path / "t.txt"), 3)) == ["one", "three", "two"]
     with pytest.raises(InputError, match="has 3 documents but 4"):
         data.documents(str(tmp_path / "t.txt"), 4)
+
+
+def test_answers_are_read_as_class_names():
+    features = Features({"fine_label": data.ClassLabel(names=["cat", "big cat", "sweet_pepper"])})
+    images = data.ImageData(Dataset.from_dict({"fine_label": [0]}, features=features), [], "")
+    texts = ["A cat.", "the big cat", "Sweet pepper!", "a catalogue", "a cat on a sweet pepper", ""]
+    assert images.named_in(texts).tolist() == [0, 1, 2, -1, -1, -1]

@@ -201,3 +201,34 @@ def test_one_kept_feature_is_one_entry_of_both_matrices():
     assert isinstance(pooled.values, sp.csr_matrix)
     assert np.shares_memory(pooled.values.indices, pooled.counts.indices)
     assert pooled.values.dtype == np.float32 and pooled.counts.dtype == np.int32
+
+
+def test_a_pass_is_pooled_under_every_sae_at_its_scale(llava, image_batches):
+    from mmsae_helpers.activations import stream
+
+    weights = {key: torch.randn(32, 12, generator=torch.Generator().manual_seed(sum(key))) for key in [(1, 0), (3, 5)]}
+    saes = {key: SimpleNamespace(encode=lambda x, w=w: torch.relu(x @ w)) for key, w in weights.items()}
+
+    def tokens(size):
+        return stream(llava, image_batches(0, 7, size), [1, 3])
+
+    out = features.pool_pass(tokens(3), saes, (None, 2), {(3, 5): 0.5})
+    batch = next(tokens(7))
+    for key, scale in (((1, 0), 1.0), ((3, 5), 0.5)):
+        z = torch.relu(batch.acts[key[0]] * scale @ weights[key]).numpy()
+        for n in (None, 2):
+            values, counts = pooled_by_definition(z, batch.sample.numpy(), 7, n)
+            np.testing.assert_allclose(out[key][n].values.toarray(), values, rtol=1e-4, atol=1e-6)
+            assert np.array_equal(out[key][n].counts.toarray(), counts)
+
+
+def test_matrices_in_both_readings():
+    z = np.array([[3, 2, 1], [0, 5, 0], [1, 0, 0]], np.float32)
+    pooled = features.pool_all(features.to_csr(z), [0, 0, 1], 2, (None, 1))
+    own, published = features.matrices(pooled), features.matrices(pooled, "as_published")
+    assert set(own) == {(p, f) for p in ("sum", "top-1") for f in ("raw", "binarised")}
+    assert own["sum", "raw"].toarray().tolist() == [[3, 7, 1], [1, 0, 0]]
+    assert own["top-1", "raw"].toarray().tolist() == [[3, 5, 0], [1, 0, 0]]
+    assert published["top-1", "raw"].toarray().tolist() == [[1, 1, 0], [1, 0, 0]]
+    assert published["sum", "raw"].toarray().tolist() == own["sum", "raw"].toarray().tolist()
+    assert own["sum", "binarised"].toarray().tolist() == [[1, 1, 1], [1, 0, 0]]

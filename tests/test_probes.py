@@ -110,3 +110,20 @@ def test_unknown_option():
     X, y = world(n=60)
     with pytest.raises(InputError, match="forest"):
         probes.probe(X, y, *probes.splits(y, 1, 1, 0), classifier="forest")
+
+
+def test_an_answer_that_names_no_class_is_missed_but_no_class():
+    truth, guess = np.array([0, 0, 1, 1, 2]), np.array([0, -1, 1, 2, -1])
+    expected = f1_score(truth, guess, labels=[0, 1, 2], average="macro", zero_division=0)
+    assert probes.macro_f1(truth, guess) == pytest.approx(expected)
+
+
+def test_variance_between_classes_by_definition():
+    X, y = world(n=90)
+    X[:, 0], X[:, 1] = 2.5, y
+    classes = [X[y == k] for k in np.unique(y)]
+    between = sum(len(part) * (part.mean(0) - X.mean(0)) ** 2 for part in classes)
+    for given_as in (X, sp.csr_matrix(X)):
+        share = probes.between_classes(given_as, y)
+        assert np.isnan(share[0]) and share[1] == pytest.approx(1)
+        np.testing.assert_allclose(share[2:], (between / (X.var(0) * len(y)))[2:], rtol=1e-4)

@@ -117,3 +117,11 @@ def test_ledger_names_a_broken_file(root):
 def test_claims_are_those_of_the_papers():
     assert len(results.CLAIMS) == 23
     assert [id for id in results.CLAIMS if id.startswith("A")] == [f"A{i}" for i in range(1, 10)]
+
+
+def test_a_claim_stands_as_far_as_its_weakest_part():
+    holds, wide = Interval(0.2, 0.1, 0.3, 3), Interval(0.05, -0.4, 0.5, 3)
+    fails, alone = Interval(-0.01, -0.02, -0.005, 3), Interval(0.01, None, None, 1)
+    assert results.weakest({"a": holds, "b": wide, "c": fails}) == ("c", fails)
+    assert results.weakest({"a": holds, "b": wide}) == ("b", wide)
+    assert results.weakest({"a": holds, "d": alone}) == ("d", alone)
