@@ -73,7 +73,7 @@ def _llava(root: Path, folder: Path, scale: float, word_lists: bool = True) -> N
     text = GemmaForCausalLM.from_pretrained(root / _named("gemma-it", word_lists), dtype="float32")
     scenes, images, _ = dataset.arrays("train", 200)
     model, curve = llava.train_llava(
-        tower, text, scenes, images, projector_steps=int(1200 * scale), joint_steps=int(800 * scale)
+        tower, text, scenes, images, projector_steps=int(500 * scale), joint_steps=int(400 * scale)
     )
     training.save(model, folder, curve)
     llava.make_processor().save_pretrained(folder)

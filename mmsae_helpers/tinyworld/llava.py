@@ -107,6 +107,7 @@ def train_instruct(base: GemmaForCausalLM, *, steps: int, word_lists: bool = Tru
     tokenizer, rng = make_tokenizer(), np.random.default_rng(12)
     model = GemmaForCausalLM(base.config)
     model.load_state_dict(base.state_dict())
+    _stop_at_end_of_turn(model, tokenizer)
 
     def chat():
         scene = sample_scene(rng)
@@ -148,8 +149,7 @@ def train_llava(tower, language_model, scenes, images, *, projector_steps: int, 
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.tie_weights()
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    _stop_at_end_of_turn(model, tokenizer)
     features = image_tokens(tower, images)
     embedding = model.get_input_embeddings()
 
@@ -209,6 +209,12 @@ def image_tokens(tower: CLIPVisionModel, images: np.ndarray, batch: int = 256) -
     """The frozen tower's patch tokens, float32 [N, 64, 128], computed once for both stages of LLaVA."""
     rows = range(0, len(images), batch)
     return torch.cat([tower(pixels(images[i : i + batch])).last_hidden_state[:, 1:] for i in rows])
+
+
+def _stop_at_end_of_turn(model, tokenizer) -> None:
+    config = model.generation_config
+    config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def _expand(ids: list[int], image_id: int) -> list[int]:
