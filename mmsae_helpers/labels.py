@@ -54,9 +54,7 @@ class WordMeans:
         return self
 
 
-def label(
-    means: WordMeans, words: Mapping[int, str], min_purity: float = 0.5, min_count: int = 20
-) -> pd.DataFrame:
+def label(means: WordMeans, words: Mapping[int, str], min_purity: float = 0.5, min_count: int = 20) -> pd.DataFrame:
     """Name features by the word they stand for: columns feature, label, purity, kind, count.
 
     purity = mean activation on the word / sum over all words of the mean activation on each. The better of
@@ -128,9 +126,7 @@ class ImageScan:
 
     def share(self) -> np.ndarray:
         """Share of each wanted feature's activation that falls on the object; nan where it never fires."""
-        return np.divide(
-            self.on_object, self.total, out=np.full(len(self.total), np.nan), where=self.total > 0
-        )
+        return np.divide(self.on_object, self.total, out=np.full(len(self.total), np.nan), where=self.total > 0)
 
 
 def scan(scans: Mapping, tokens) -> None:

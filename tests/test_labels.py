@@ -1,11 +1,15 @@
 """Labels from text alone and detection scores, against the plain definitions."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mmsae_helpers import labels
+from mmsae_helpers.activations import TokenBatch
 from mmsae_helpers.errors import InputError
 
 WORDS = {2: "red", 3: "blue", 4: "crimson", 5: "circle", 6: "the"}
@@ -53,8 +57,7 @@ def test_label_names_what_a_feature_stands_for():
     assert 2 not in set(everything.feature), "a feature that never fires has no label"
     dense = features.toarray()[:, 7]
     mean = {
-        kind: np.array([dense[of == w].mean() for w in WORDS])
-        for kind, of in (("reads", ids), ("predicts", following))
+        kind: np.array([dense[of == w].mean() for w in WORDS]) for kind, of in (("reads", ids), ("predicts", following))
     }
     expected = max(m.max() / m.sum() for m in mean.values())
     assert everything.set_index("feature").purity[7] == pytest.approx(expected, rel=1e-5)
@@ -111,3 +114,64 @@ def test_shuffle_keeps_the_words():
     control = labels.shuffle(found, 1)
     assert sorted(control.label) == sorted(found.label) and list(control.feature) == list(found.feature)
     assert control.equals(labels.shuffle(found, 1)) and not control.equals(found)
+
+
+class IdentitySAE:
+    """Features are the positive coordinates of the residual: what they do can be read off the input."""
+
+    cfg = SimpleNamespace(d_sae=6)
+
+    def encode(self, x):
+        return torch.relu(x)
+
+
+class Words:
+    """A tokenizer of four words."""
+
+    def __len__(self):
+        return 4
+
+    def decode(self, ids):
+        return {1: " Red", 2: "ring", 3: "on"}[ids[0]]
+
+
+def token_batch(acts, sample, position, token=None, patch=None):
+    sample, position = torch.as_tensor(sample), torch.as_tensor(position)
+    token = torch.zeros_like(sample) if token is None else torch.as_tensor(token)
+    patch = torch.full_like(sample, -1) if patch is None else torch.as_tensor(patch)
+    return TokenBatch({3: torch.as_tensor(acts, dtype=torch.float32)}, sample, position, token, patch >= 0, patch)
+
+
+def test_labels_from_text_are_the_words_features_read_or_predict():
+    token = np.tile([1, 2, 3], 40)
+    acts = np.zeros((120, 6))
+    acts[token == 1, 0] = 1.0  # feature 0 reads "red"
+    acts[token == 2, 1] = 1.0  # feature 1 reads "ring", and so predicts "on"
+    acts[:, 2] = 1.0  # feature 2 means nothing
+    tokenizer = Words()
+    batch = token_batch(acts, np.repeat(range(40), 3), np.tile([0, 1, 2], 40), token)
+    found = labels.from_text({(3, 0): IdentitySAE()}, [batch], tokenizer)[3, 0].set_index("feature")
+    assert found.loc[0, "label"] == "red" and found.loc[0, "kind"] in ("reads", "predicts")
+    assert found.loc[1, "label"] in ("ring", "on") and 2 not in found.index and 3 not in found.index
+
+
+def test_a_scan_in_parts_equals_the_definition():
+    rng = np.random.default_rng(0)
+    acts = np.maximum(rng.normal(size=(8 * 4, 6)) - 0.3, 0).astype(np.float32)
+    sample, patch = np.repeat(range(8), 4), np.tile(range(4), 8)
+    cover, classes = rng.random((8, 4)), np.arange(8) % 2
+    one = labels.ImageScan(IdentitySAE(), 3, [4, 1], classes, 2, cover, scale=2.0)
+    parts = [
+        token_batch(acts[i : i + 8], sample[i : i + 8], patch[i : i + 8], patch=patch[i : i + 8])
+        for i in range(0, 32, 8)
+    ]
+    labels.scan({"a": one}, parts)
+    dense = 2 * acts.reshape(8, 4, 6)
+    assert np.allclose(one.maxima, dense.max(1)[:, [4, 1]])
+    on_object = (dense * cover[..., None]).sum((0, 1)) / dense.sum((0, 1))
+    assert np.allclose(one.share(), on_object[[4, 1]])
+    top = np.where(dense.max(2) > 0, dense.argmax(2), -1)
+    expected = np.array(
+        [[sum(f in set(top[i]) for i in range(8) if classes[i] == c) for f in range(6)] for c in (0, 1)]
+    )
+    assert (one.occurrences.counts == expected).all()
