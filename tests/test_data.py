@@ -59,7 +59,11 @@ def test_a_class_folder_without_images(folder):
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_files(tmp_path, kind):
-    source = data.load("tinyworld", "test", 1).dataset.select(range(4)).rename_columns({"image": "img", "fine_label": "label"})
+    source = (
+        data.load("tinyworld", "test", 1)
+        .dataset.select(range(4))
+        .rename_columns({"image": "img", "fine_label": "label"})
+    )
     path = tmp_path / f"set.{kind}"
     if kind == "parquet":
         source.to_parquet(path)
@@ -81,7 +85,9 @@ def test_what_is_missing_gets_one_line(name, says):
 
 
 def test_wrong_columns_and_splits(tmp_path):
-    rows = Dataset.from_dict({"picture": ["a"], "label": [0]}, features=Features({"picture": Value("string"), "label": Value("int64")}))
+    rows = Dataset.from_dict(
+        {"picture": ["a"], "label": [0]}, features=Features({"picture": Value("string"), "label": Value("int64")})
+    )
     rows.to_parquet(tmp_path / "x.parquet")
     with pytest.raises(InputError, match="no column image or img"):
         data.load(str(tmp_path / "x.parquet"))

@@ -148,9 +148,8 @@ def test_labels_from_text_are_the_words_features_read_or_predict():
     acts[token == 1, 0] = 1.0  # feature 0 reads "red"
     acts[token == 2, 1] = 1.0  # feature 1 reads "ring", and so predicts "on"
     acts[:, 2] = 1.0  # feature 2 means nothing
-    tokenizer = Words()
     batch = token_batch(acts, np.repeat(range(40), 3), np.tile([0, 1, 2], 40), token)
-    found = labels.from_text({(3, 0): IdentitySAE()}, [batch], tokenizer)[3, 0].set_index("feature")
+    found = labels.from_text({(3, 0): IdentitySAE()}, [batch], Words(), min_purity=0.6)[3, 0].set_index("feature")
     assert found.loc[0, "label"] == "red" and found.loc[0, "kind"] in ("reads", "predicts")
     assert found.loc[1, "label"] in ("ring", "on") and 2 not in found.index and 3 not in found.index
 

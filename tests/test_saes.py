@@ -76,9 +76,7 @@ def test_same_weights_as_sae_lens_trainer(normalize):
 
 
 def test_deterministic_and_seeds_and_layers_independent():
-    first = saes.train(
-        batches(60, (1, 4)), d_in=D_IN, layers=[1, 4], seeds=[0, 1], config=CONFIG, progress=False
-    )
+    first = saes.train(batches(60, (1, 4)), d_in=D_IN, layers=[1, 4], seeds=[0, 1], config=CONFIG, progress=False)
     again = saes.train(batches(60, (4,)), d_in=D_IN, layers=[4], seeds=[1], config=CONFIG, progress=False)
     for name, value in again[4, 1].state_dict().items():
         assert torch.equal(first[4, 1].state_dict()[name], value)
@@ -274,9 +272,7 @@ def test_loss_recovered():
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
     identity = lambda x: x  # noqa: E731
-    found = saes.loss_recovered(
-        adapter, {"same": identity, "zero": torch.zeros_like}, 1, [(torch.arange(4), inputs)]
-    )
+    found = saes.loss_recovered(adapter, {"same": identity, "zero": torch.zeros_like}, 1, [(torch.arange(4), inputs)])
     assert found["same"].recovered == 1 and found["zero"].recovered == 0
     assert found["same"].n_tokens == 4 * 9 - 4
     labels = ids.masked_fill((ids == 0) | (ids == 7), -100)

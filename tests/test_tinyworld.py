@@ -32,7 +32,9 @@ def test_splits_are_balanced_and_disjoint():
 
 def test_the_mask_is_where_the_object_is():
     for scene, image, mask, _ in dataset.iter_split("test", 1):
-        color, ground = (np.array(t[n]) for t, n in ((scenes._COLOR_RGB, scene.color), (scenes._GROUND_RGB, scene.ground)))
+        color, ground = (
+            np.array(t[n]) for t, n in ((scenes._COLOR_RGB, scene.color), (scenes._GROUND_RGB, scene.ground))
+        )
         to_color, to_ground = (np.abs(image.astype(int) - c).sum(-1) for c in (color, ground))
         agree = ((to_color < to_ground) == mask).mean()
         assert agree > 0.9, scene

@@ -63,9 +63,7 @@ def speed(rounds=7):
     """Prints milliseconds and ratios per N; returns the lowest ratio of each kind."""
     z = made_features(TOKENS, D_SAE, ACTIVE)
     sparse, rows = features.to_csr(z), np.zeros(TOKENS, int)
-    print(
-        f"one image: {TOKENS} tokens x {D_SAE} features, {sparse.nnz / TOKENS:.1f} active a token; median ms"
-    )
+    print(f"one image: {TOKENS} tokens x {D_SAE} features, {sparse.nnz / TOKENS:.1f} active a token; median ms")
     print("   N  disk  definition  ours: sparse   dense | (a)/sparse  (a)/dense  (b)/sparse  (b)/dense")
     ratios = []
     with tempfile.TemporaryDirectory() as folder:

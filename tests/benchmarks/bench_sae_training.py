@@ -66,9 +66,7 @@ def main(steps: int = 1000, n_saes: int = 6) -> None:
         )
         start = time.perf_counter()
         batches = ({0: x} for x in cycle(data))
-        trained = saes.train(
-            batches, d_in=D_IN, layers=[0], seeds=range(n_saes), config=config, progress=False
-        )
+        trained = saes.train(batches, d_in=D_IN, layers=[0], seeds=range(n_saes), config=config, progress=False)
         seconds = time.perf_counter() - start
         health = saes.evaluate(trained[0, 0], [unseen], 0)
         speed = n_saes * steps * BATCH / seconds
