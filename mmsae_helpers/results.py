@@ -163,6 +163,11 @@ class Run:
         value, ci, n = _unpack(value, ci, n)
         self._metrics[name] = {"value": value, "ci": ci, "n": n, "unit": unit}
 
+    def metrics(self, prefix, values, unit=""):
+        """`metric` for each of ``values`` {what: number or `Interval`}, named prefix_what in letters, digits and _."""
+        for what, value in values.items():
+            self.metric(re.sub(r"\W+", "_", f"{prefix}_{what}"), value, unit=unit)
+
     def claim(self, id, verdict=None, effect=None, ci=None, n=None, note=""):
         """Record what this run says about a claim of `CLAIMS`.
 

@@ -125,3 +125,11 @@ def test_a_claim_stands_as_far_as_its_weakest_part():
     assert results.weakest({"a": holds, "b": wide, "c": fails}) == ("c", fails)
     assert results.weakest({"a": holds, "b": wide}) == ("b", wide)
     assert results.weakest({"a": holds, "d": alone}) == ("d", alone)
+
+
+def test_many_metrics_at_once_get_plain_names(root):
+    run = Run("01_x", values())
+    run.metrics("f1", {"top-3, raw": Interval(0.5, 0.4, 0.6, 3), 7: 2}, unit="Macro F1")
+    run.save()
+    metrics = json.loads((run.folder / "results.json").read_text())["metrics"]
+    assert set(metrics) == {"f1_top_3_raw", "f1_7"} and metrics["f1_top_3_raw"]["ci"] == [0.4, 0.6]
