@@ -1,8 +1,10 @@
-"""The one exception meant for the person at the keyboard."""
+"""Errors that a user can mend."""
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """Bad input. The message is one line: what is wrong, where, and what to do about it."""
 
-    The message is one line that says what is wrong, where, and what to do about it.
-    """
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, cut to one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -21,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mmsae_helpers.errors import InputError
+from mmsae_helpers.errors import InputError, first_line
+from mmsae_helpers.workers import crew
 
 SAE_ID = "blocks.{layer}.hook_resid_post"
 
@@ -30,16 +30,13 @@ SAE_ID = "blocks.{layer}.hook_resid_post"
 class TrainingConfig:
     """How an SAE is trained; names and meanings are sae-lens's.
 
-    d_sae: number of features.
     l1_coefficient: weight of the penalty sum_j f_j ||W_dec_j||; grows linearly over l1_warm_up_steps.
     lr, lr_warm_up_steps, lr_decay_steps: Adam's rate; linear warm-up, constant, linear decay to 0.
     steps, batch_size: optimiser steps, and tokens in each.
-    normalize_activations: "expected_average_only_in" scales the input to a mean norm of sqrt(d_in)
-        while training, by a factor estimated on the first norm_batches and folded into the weights.
+    normalize_activations: "expected_average_only_in" scales the input to a mean norm of sqrt(d_in) while training, by
+        a factor estimated on the first norm_batches and folded into the weights; or "none".
     b_dec_init: "zeros" (sae-lens), or "mean": of those first batches.
-    architecture: "standard", ReLU with an L1 penalty.
-    autocast: multiply in bfloat16 (weights and optimiser stay float32): 3 times faster on CPUs that
-        have it.
+    autocast: multiply in bfloat16 (weights and optimiser stay float32): 3 times faster on CPUs that have it.
     """
 
     d_sae: int
@@ -60,25 +57,22 @@ class TrainingConfig:
     autocast: bool = False
 
     def __post_init__(self):
-        for name in ("d_sae", "steps", "batch_size", "norm_batches"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"SAE training: {name} must be a whole number above 0, not {value!r}")
-        for name in ("l1_coefficient", "l1_warm_up_steps", "lr_warm_up_steps", "lr_decay_steps"):
-            if getattr(self, name) < 0:
-                raise InputError(f"SAE training: {name} must not be below 0, but is {getattr(self, name)}")
-        if self.lr <= 0 or self.decoder_init_norm <= 0:
-            raise InputError("SAE training: lr and decoder_init_norm must be above 0")
-        if self.lr_warm_up_steps + self.lr_decay_steps > self.steps:
-            raise InputError(f"SAE training: lr warm-up and decay take more than the {self.steps} steps")
-        for name, allowed in (
-            ("normalize_activations", ("none", "expected_average_only_in")),
-            ("b_dec_init", ("zeros", "mean")),
-            ("architecture", ("standard",)),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise InputError(f"SAE training: {name} is {value!r}; choose from {', '.join(allowed)}")
+        counts = (self.d_sae, self.steps, self.batch_size, self.norm_batches)
+        spans = (self.l1_warm_up_steps, self.lr_warm_up_steps, self.lr_decay_steps)
+        scalings = ("none", "expected_average_only_in")
+        counted = all(isinstance(n, int) and n > 0 for n in counts)
+        rules = {
+            "d_sae, steps, batch_size, norm_batches: whole numbers above 0": counted,
+            "lr, decoder_init_norm: above 0": min(self.lr, self.decoder_init_norm) > 0,
+            "l1_coefficient, warm-up and decay steps: not below 0": min(self.l1_coefficient, *spans) >= 0,
+            "lr warm-up and decay: together not longer than steps": sum(spans[1:]) <= self.steps,
+            "architecture: standard": self.architecture == "standard",
+            "b_dec_init: zeros or mean": self.b_dec_init in ("zeros", "mean"),
+            f"normalize_activations: one of {', '.join(scalings)}": self.normalize_activations in scalings,
+        }
+        for rule, held in rules.items():
+            if not held:
+                raise InputError(f"SAE training needs {rule}; but got {self}")
 
 
 class Job(NamedTuple):
@@ -92,9 +86,8 @@ class Job(NamedTuple):
 def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> Iterator[dict]:
     """Mix a stream of TokenBatch into batches {layer: [batch_size, d]}; the same tokens in every layer.
 
-    A buffer of `buffer` tokens is filled, half of it drawn at random, and so on. Give a callable that
-    returns a fresh stream to have it replayed without end (epochs); an iterator ends with its tokens,
-    less an incomplete batch.
+    A buffer of `buffer` tokens is filled, half of it drawn at random, and so on. A callable that returns a fresh stream
+    is replayed without end (epochs); an iterator ends with its tokens, less an incomplete batch.
     """
     order = torch.Generator().manual_seed(seed)
     held: list[dict[int, torch.Tensor]] = []
@@ -124,37 +117,17 @@ def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> It
         yield from draw(leave=0)
 
 
-def train(
-    batches: Iterable[Mapping[int, torch.Tensor]],
-    *,
-    d_in: int,
-    layers: Sequence[int],
-    seeds: Sequence[int],
-    config: TrainingConfig,
-    device: str = "cpu",
-    progress: bool = True,
-) -> dict[tuple[int, int], Any]:
-    """One SAE per (layer, seed), all from one stream of {layer: [batch, d_in]}; see `fit`."""
-    jobs = {(layer, seed): Job(layer, seed, config) for layer in layers for seed in seeds}
-    return fit(batches, jobs, d_in=d_in, device=device, progress=progress)
+def train(batches, *, layers: Sequence[int], seeds: Sequence[int], config: TrainingConfig, **options) -> dict:
+    """One SAE per (layer, seed), all from one stream of {layer: [batch, d_in]}; options as of `fit`."""
+    return fit(batches, {(layer, seed): Job(layer, seed, config) for layer in layers for seed in seeds}, **options)
 
 
-def fit(
-    batches: Iterable[Mapping[int, torch.Tensor]],
-    jobs: Mapping[Hashable, Job],
-    *,
-    d_in: int,
-    device: str = "cpu",
-    progress: bool = True,
-) -> dict[Hashable, Any]:
+def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progress=True) -> dict[Hashable, Any]:
     """Train many sae-lens SAEs on one stream of batches {layer: [batch, d_in]}: layers x lambda x seeds.
 
-    A lean loop over sae-lens's training class: its initialisation, loss, schedules and clipping at 1.0,
-    with fused Adam and less bookkeeping (a test compares it with `SAETrainer`). A seed decides the
-    initial weights; all jobs see the same batches. On a CPU every SAE is stepped by one thread, several
-    SAEs at a time: faster than many threads on each, and weights do not depend on their number.
-
-    Returns inference SAEs by job, input scaling folded in, without gradients;
+    A lean loop over sae-lens's training class: its initialisation, loss, schedules and clipping at 1.0, with fused Adam
+    and less bookkeeping (a test compares it with `SAETrainer`). A seed decides the initial weights; all jobs see the
+    same batches. Returns inference SAEs by job, input scaling folded in, without gradients;
     `sae.cfg.metadata.trained_norm` is the mean norm of the activations it was trained on.
     Raises InputError if the stream ends before the last step.
     """
@@ -171,7 +144,7 @@ def fit(
     device = torch.device(device)
     trainers = [_Trainer(job, d_in, [b[job.layer] for b in head], device) for job in jobs.values()]
     n_done = 0
-    with _crew(device) as each:
+    with crew(device) as each:
         for batch in tqdm(islice(chain(head, stream), steps), "training SAEs", steps, disable=not progress):
             on_device = {layer: batch[layer].to(device, torch.float32) for layer in layers}
             each(lambda trainer, x=on_device: trainer.step(x[trainer.job.layer]), trainers)
@@ -179,23 +152,6 @@ def fit(
     if n_done < steps:
         raise InputError(f"SAE training: the stream ended after {n_done} of {steps} steps; give more text")
     return {key: trainer.finish() for key, trainer in zip(jobs, trainers, strict=True)}
-
-
-@contextmanager
-def _crew(device: torch.device):
-    """Yields each(function, items): on a CPU, as many items at a time as torch has threads, one on each."""
-    n_threads = torch.get_num_threads()
-
-    def each(function, items):
-        torch.set_num_threads(1)
-        try:
-            return list(pool.map(function, items))
-        finally:  # between calls the caller's own work, such as a model's forward, has all threads
-            torch.set_num_threads(n_threads)
-
-    n_workers = n_threads if device.type == "cpu" else 1
-    with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield each
 
 
 class _Trainer:
@@ -209,24 +165,18 @@ class _Trainer:
         self.job, self.device = job, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
-            self.sae = StandardTrainingSAE(
-                StandardTrainingSAEConfig(
-                    d_in=d_in,
-                    d_sae=cfg.d_sae,
-                    normalize_activations=cfg.normalize_activations,
-                    decoder_init_norm=cfg.decoder_init_norm,
-                    l1_coefficient=cfg.l1_coefficient,
-                    l1_warm_up_steps=cfg.l1_warm_up_steps,
-                )
-            ).to(device)
+            shape = StandardTrainingSAEConfig(
+                d_in=d_in, d_sae=cfg.d_sae, normalize_activations=cfg.normalize_activations,
+                decoder_init_norm=cfg.decoder_init_norm, l1_coefficient=cfg.l1_coefficient,
+            )  # fmt: skip
+            self.sae = StandardTrainingSAE(shape).to(device)
         first = torch.cat(head[: cfg.norm_batches]).float() if head else torch.ones(1, d_in)
         self.trained_norm = first.norm(dim=1).double().mean().item()
         self.scale = d_in**0.5 / self.trained_norm if cfg.normalize_activations != "none" else 1.0
         if cfg.b_dec_init == "mean":
             self.sae.b_dec.data = (first.mean(0) * self.scale).to(device)
         self.weights = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
-        betas = (cfg.adam_beta1, cfg.adam_beta2)
-        self.optimiser = torch.optim.Adam(self.weights, lr=cfg.lr, betas=betas, fused=True)
+        self.optimiser = torch.optim.Adam(self.weights, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2), fused=True)
         self.lr = get_lr_scheduler(
             "constant", self.optimiser, cfg.steps, cfg.lr, cfg.lr_warm_up_steps, cfg.lr_decay_steps, cfg.lr, 1
         )
@@ -262,38 +212,24 @@ class _Trainer:
         if self.scale != 1.0:
             self.sae.fold_activation_norm_scaling_factor(self.scale)
         self.sae.cfg.normalize_activations = "none"
-        self.sae.cfg.metadata.trained_norm = self.trained_norm
-        self.sae.cfg.metadata.hook_name = SAE_ID.format(layer=self.job.layer)
-        self.sae.cfg.metadata.seed = self.job.seed
+        about = self.sae.cfg.metadata
+        about.trained_norm, about.seed = self.trained_norm, self.job.seed
+        about.hook_name = SAE_ID.format(layer=self.job.layer)
         with torch.random.fork_rng(devices=[]):
             sae = SAE.from_dict(self.sae.cfg.get_inference_sae_cfg_dict())
         sae.load_state_dict(self.sae.state_dict())
-        return _frozen(sae)
-
-
-def _frozen(sae):
-    return sae.eval().requires_grad_(False)
+        return _ready(sae)
 
 
 def obtain(
-    source: str,
-    *,
-    d_in: int,
-    layers: Sequence[int],
-    seeds: Sequence[int] = (0,),
-    folder: Path | str | None = None,
-    description: Mapping | None = None,
-    config: TrainingConfig | None = None,
-    make: Callable[[list[int]], Iterable[Mapping[int, torch.Tensor]]] | None = None,
-    sae_id: str = SAE_ID,
-    device: str = "cpu",
-    progress: bool = True,
+    source: str, *, d_in: int, layers: Sequence[int], seeds=(0,), sae_id=SAE_ID, device="cpu", **training
 ) -> dict[tuple[int, int], Any]:
     """SAEs by (layer, seed): trained, from a local folder, or from a sae-lens release.
 
-    source "train": those in `folder`/<hash of description, config, d_in>/layer_LL_seed_S are loaded, the
-        others trained on `make(missing layers)` (batches as from `shuffled`) and saved, each whole or not.
-    source a folder: sae-lens format, in subfolders `sae_id` ({layer}, {seed}) or layer_LL_seed_S.
+    source "train": those in `folder`/<hash of description, config, d_in>/layer_LL_seed_S are loaded, the others trained
+        on `make(missing layers)` (batches as from `shuffled`) and saved, each whole or not. `training` holds these:
+        folder, description (JSON), config, make, and progress.
+    source a folder: sae-lens format, in subfolders `sae_id` or layer_LL_seed_S.
     source a release, e.g. "gemma-2b-res-jb": `SAE.from_pretrained(release, sae_id)`.
     Where there is one SAE a layer whatever the seed, it stands under the first seed: go over the keys.
 
@@ -301,49 +237,41 @@ def obtain(
     """
     keys = [(layer, seed) for layer in layers for seed in seeds]
     if source == "train":
-        return _trained(keys, d_in, Path(folder), dict(description or {}), config, make, device, progress)
+        return _trained(keys, d_in, device, **training)
     path = Path(source).expanduser()
-    if path.is_dir():
-        found = {}
-        for layer, seed in keys:
-            names = (f"layer_{layer:02d}_seed_{seed}", sae_id.format(layer=layer, seed=seed))
-            own = next((name for name in names if (path / name).is_dir()), None)
-            if own is None:
-                raise InputError(f"no SAE for layer {layer} in {path}: no folder {names[1]} or {names[0]}")
-            if own == names[0] or "{seed}" in sae_id or seed == seeds[0]:
-                found[layer, seed] = load(path / own, d_in, device)
-        return found
-    if path.is_absolute() or source.startswith((".", "~")):
-        raise InputError(f"no such folder of SAEs: {path}; give a folder, a sae-lens release, or 'train'")
-    ids = {(layer, seeds[0]): sae_id.format(layer=layer) for layer in layers}
-    return {key: _released(source, released_id, d_in, device) for key, released_id in ids.items()}
+    if not path.is_dir():
+        if path.is_absolute() or source.startswith((".", "~")):
+            raise InputError(f"no such folder of SAEs: {path}; give a folder, a sae-lens release, or 'train'")
+        return {(layer, seeds[0]): _released(source, sae_id.format(layer=layer), d_in, device) for layer in layers}
+    found = {}
+    for layer, seed in keys:
+        own, shared = path / _folder(layer, seed), path / sae_id.format(layer=layer)
+        if not own.is_dir() and not shared.is_dir():
+            raise InputError(f"no SAE for layer {layer} in {path}: no folder {shared.name} or {own.name}")
+        if own.is_dir() or seed == seeds[0]:
+            found[layer, seed] = load(own if own.is_dir() else shared, d_in, device)
+    return found
+
+
+def _folder(layer: int, seed: int) -> str:
+    return f"layer_{layer:02d}_seed_{seed}"
 
 
 def load(folder: Path | str, d_in: int | None = None, device: str = "cpu"):
     """The SAE saved in `folder` in sae-lens format; InputError if unreadable or not `d_in` wide."""
     from sae_lens import SAE
 
-    folder = Path(folder)
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"not an SAE in sae-lens format: {folder} has no {name}")
     try:
         sae = SAE.load_from_disk(folder, device=device)
-    except Exception as error:  # truncated or foreign: safetensors, json and sae-lens each fail in their way
-        raise InputError(f"cannot read the SAE in {folder} ({_line(error)}); restore or delete it") from error
-    return _frozen(_check_width(sae, d_in, folder))
+    except Exception as error:  # missing, truncated, foreign: safetensors, json and sae-lens each fail in their way
+        raise InputError(f"cannot read the SAE in {folder} ({first_line(error)}); restore or delete it") from error
+    return _ready(sae, d_in, folder)
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _check_width(sae, d_in: int | None, where):
-    if d_in is not None and sae.cfg.d_in != d_in:
-        raise InputError(
-            f"the SAE {where} takes activations {sae.cfg.d_in} wide, the model's are {d_in} wide"
-        )
-    return sae
+def _ready(sae, d_in: int | None = None, where=""):
+    if d_in not in (None, sae.cfg.d_in):
+        raise InputError(f"the SAE {where} takes activations {sae.cfg.d_in} wide, the model's are {d_in} wide")
+    return sae.eval().requires_grad_(False)
 
 
 def _released(release: str, sae_id: str, d_in: int, device: str):
@@ -353,35 +281,32 @@ def _released(release: str, sae_id: str, d_in: int, device: str):
     try:
         sae = SAE.from_pretrained(release, sae_id, device=device)
     except Exception as error:  # unknown release or id, no network, no such file: whichever library notices
-        raise InputError(f"cannot get SAE {sae_id} of release {release}: {_line(error)}") from error
+        raise InputError(f"cannot get SAE {sae_id} of release {release}: {first_line(error)}") from error
     factor = get_norm_scaling_factor(release, sae_id)
     sae.cfg.metadata.trained_norm = d_in**0.5 / factor if factor else None
-    return _frozen(_check_width(sae, d_in, f"{release}/{sae_id}"))
+    return _ready(sae, d_in, f"{release}/{sae_id}")
 
 
-def _trained(keys, d_in, folder, description, config, make, device, progress):
-    if config is None or make is None:
-        raise InputError("to train SAEs, give obtain() a config and make, the stream to train on")
-    made_of = {"description": description, "config": asdict(config), "d_in": d_in, "format": 1}
-    text = json.dumps(made_of, sort_keys=True)
-    root = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+def _trained(keys, d_in, device, *, folder, description, config, make, progress=True):
+    text = json.dumps({"description": description, "config": asdict(config), "d_in": d_in, "format": 1}, sort_keys=True)
+    root = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
     found = {}
-    for layer, seed in keys:
-        place = root / f"layer_{layer:02d}_seed_{seed}"
-        if place.is_dir():
-            try:
-                found[layer, seed] = load(place, d_in, device)
-            except InputError as error:
-                warnings.warn(f"{error}: trained again", stacklevel=3)
-                shutil.rmtree(place)
+    for key in keys:
+        place = root / _folder(*key)
+        try:
+            if place.is_dir():
+                found[key] = load(place, d_in, device)
+        except InputError as error:
+            warnings.warn(f"{error}: trained again", stacklevel=3)
+            shutil.rmtree(place)
     missing = {key: Job(*key, config) for key in keys if key not in found}
     if missing:
         stream = make(sorted({layer for layer, _ in missing}))
         new = fit(stream, missing, d_in=d_in, device=device, progress=progress)
         root.mkdir(parents=True, exist_ok=True)
         (root / "description.json").write_text(text)
-        for (layer, seed), sae in new.items():
-            save(sae, root / f"layer_{layer:02d}_seed_{seed}")
+        for key, sae in new.items():
+            save(sae, root / _folder(*key))
         found |= new
     return {key: found[key] for key in keys}
 
@@ -397,7 +322,7 @@ def save(sae, folder: Path | str) -> None:
         if not folder.exists():
             os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
-        raise InputError(f"cannot save an SAE in {folder}: {_line(error)}; free some space") from error
+        raise InputError(f"cannot save an SAE in {folder}: {first_line(error)}; free some space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -406,16 +331,15 @@ def save(sae, folder: Path | str) -> None:
 def random_sae(like, acts: torch.Tensor, seed: int = 0):
     """The control: an SAE of the class and size of `like` whose directions mean nothing.
 
-    Random unit decoder rows, the encoder their transpose, b_dec the mean of `acts` [N, d_in] (text), and
-    for each feature the bias at which all fire equally often and mean L0 on `acts` equals `like`'s.
+    Random unit decoder rows, the encoder their transpose, b_dec the mean of `acts` [N, d_in] (text), and for each
+    feature the bias at which all fire equally often and mean L0 on `acts` equals `like`'s.
     """
     from sae_lens import SAE
 
     l0 = torch.cat([(like.encode(x) > 0).sum(1) for x in acts.split(1024)]).double().mean().item()
     metadata = type(like.cfg.metadata)(hook_name=like.cfg.metadata.hook_name, random_seed=seed)
-    cfg = replace(like.cfg, metadata=metadata)
     with torch.random.fork_rng(devices=[]):
-        sae = SAE.from_dict(cfg.to_dict())
+        sae = SAE.from_dict(replace(like.cfg, metadata=metadata).to_dict())
     directions = torch.randn(like.cfg.d_sae, like.cfg.d_in, generator=torch.Generator().manual_seed(seed))
     directions = torch.nn.functional.normalize(directions, dim=1).to(acts)
     mean = acts.mean(0)
@@ -424,7 +348,7 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0):
     threshold = [(part @ centred).kthvalue(max(n_silent, 1), dim=1).values for part in directions.split(128)]
     sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
     sae.b_dec.data, sae.b_enc.data = mean, -torch.cat(threshold)
-    return _frozen(sae.to(device=like.device, dtype=like.dtype))
+    return _ready(sae.to(device=like.device, dtype=like.dtype))
 
 
 class Health(NamedTuple):
@@ -432,8 +356,7 @@ class Health(NamedTuple):
 
     explained_variance = 1 - sum ||x_t - x^_t||^2 / sum ||x_t - mean_t x||^2
     normalised_mse = sum ||x_t - x^_t||^2 / sum ||x_t||^2
-    l0: mean number of active features per token; alive: features active on at least one token;
-    mean_norm: mean ||x_t|| before `scale`.
+    l0: mean number of active features per token; alive: features that are ever active; mean_norm: of x_t, unscaled.
     """
 
     l0: float
@@ -452,7 +375,7 @@ def evaluate(sae, token_batches, layer: int, scale: float = 1.0) -> Health:
 def evaluate_all(saes: Mapping[tuple, Any], token_batches, scales: Mapping | None = None) -> dict:
     """Health of every SAE by its key (layer, ...), in one pass; `scales`: factor on the input by key."""
     meters = {key: _HealthMeter(sae, (scales or {}).get(key, 1.0)) for key, sae in saes.items()}
-    with _crew(next(iter(saes.values())).device) as each:
+    with crew(next(iter(saes.values())).device) as each:
         for batch in token_batches:
             each(lambda key, acts=batch.acts: meters[key].add(acts[key[0]]), meters)
     return {key: meter.health(f"the SAE of layer {key[0]}") for key, meter in meters.items()}
@@ -469,10 +392,9 @@ class _HealthMeter:
         for raw in acts.split(chunk):
             x = raw.to(self.sae.device) * self.scale
             f = self.sae.encode(x)
-            active = f > 0
-            self.fired |= active.any(0)
+            self.fired |= (f > 0).any(0)
             self.n += len(x)
-            self.active += active.sum()
+            self.active += (f > 0).sum()
             self.error += (x - self.sae.decode(f)).square().sum(dtype=torch.float64)
             self.energy += x.square().sum(dtype=torch.float64)
             self.sum += x.sum(0, dtype=torch.float64)
@@ -508,8 +430,8 @@ class LossRecovered(NamedTuple):
 def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, keep: str = "all") -> dict:
     """LossRecovered by key, for several SAEs of one layer, over batches of `activations.Inputs`.
 
-    Replaced are the outputs of block `layer` at the tokens the SAE is meant for: `keep` "text", "image"
-    or "all"; never padding or special tokens such as BOS. The loss is over all text targets.
+    Replaced are the outputs of block `layer` at the tokens the SAE is meant for: `keep` "text", "image" or "all"; never
+    padding or special tokens such as BOS. The loss is over all text targets.
     """
     layer = adapter.check_layer(layer)
     special = set(adapter.tokenizer.all_special_ids) - {adapter.image_token_id}
@@ -525,19 +447,15 @@ def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, k
         n_tokens += int(target.sum())
         for name, replacer in replacers.items():
             with _spliced(adapter.blocks[layer], where, replacer):
-                logits = adapter.forward(inputs).logits
-            totals[name] += torch.nn.functional.cross_entropy(
-                logits[:, :-1][target].float(), ids[:, 1:][target], reduction="sum"
-            ).item()
+                logits = adapter.forward(inputs).logits[:, :-1][target].float()
+            totals[name] += torch.nn.functional.cross_entropy(logits, ids[:, 1:][target], reduction="sum").item()
     if not n_tokens:
         raise InputError(f"no text tokens to measure the loss on (layer {layer})")
-    mean = {name: total / n_tokens for name, total in totals.items()}
-    original, zero = mean["original"], mean["zero"]
-    result = {}
-    for key in saes:
-        spliced = mean["sae", key]
-        result[key] = LossRecovered(original, spliced, zero, (zero - spliced) / (zero - original), n_tokens)
-    return result
+    original, zero, *spliced = (total / n_tokens for total in totals.values())
+    return {
+        key: LossRecovered(original, nats, zero, (zero - nats) / (zero - original), n_tokens)
+        for key, nats in zip(saes, spliced, strict=True)
+    }
 
 
 @contextmanager
