@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
+from mmsae_helpers import data
 from mmsae_helpers.activations import TokenBatch, stream
 from mmsae_helpers.errors import InputError
 
@@ -32,20 +33,11 @@ _BESIDE = (*_INT, "is_image")
 class ShardCache:
     """Activations of one pass; ``description`` (JSON) says which: model, data, prompt, keep, reading...
 
-    The description leaves out layers and batch size, so a notebook that needs other layers of the same pass
-    finds the shards there are. ``dtype`` (stored; yielded values are float32) is added to it: "float32", or
-    "bfloat16" / "float16" for a model that ran so. ``computed`` and ``reused`` count shard files (layers x
-    sample ranges).
+    It leaves out layers and batch size, so a notebook that needs other layers of the same pass finds the shards there
+    are. ``dtype`` is what is stored; yielded values are float32. ``computed`` and ``reused`` count shard files.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        description: dict,
-        layers: Iterable[int],
-        shard_samples: int = 500,
-        dtype: str = "float32",
-    ):
+    def __init__(self, root, description: dict, layers: Iterable[int], shard_samples=500, dtype="float32"):
         self.layers = sorted(set(layers))
         self.shard_samples = shard_samples
         self.dtype = getattr(torch, dtype)
@@ -53,45 +45,33 @@ class ShardCache:
         self.folder = Path(root) / fingerprint(self.description)[:16]
         self.computed = self.reused = 0
 
-    def tokens(
-        self, make: Callable[[int, int, list[int]], Iterator[TokenBatch]], n_samples: int
-    ) -> Iterator[TokenBatch]:
+    def tokens(self, make: Callable[[int, int, list[int]], Iterator[TokenBatch]], n_samples: int):
         """One TokenBatch per shard, in order: from disk where valid, else made, stored, then yielded.
 
-        ``make(start, stop, layers)`` streams samples start to stop - 1; it is called for the layers that
-        are missing. A shard that is truncated or altered is reported in one line and made again. Raises
-        InputError when the disk is full.
+        ``make(start, stop, layers)`` streams samples start to stop - 1; it is called for the layers that are missing. A
+        shard that is truncated or altered is reported in one line and made again. InputError when the disk is full.
         """
-        self._prepare()
-        for start in range(0, n_samples, self.shard_samples):
-            stop = min(start + self.shard_samples, n_samples)
-            shards = {layer: self._load(self._path(layer, start, stop)) for layer in self.layers}
-            missing = [layer for layer in self.layers if shards[layer] is None]
-            if missing:
-                made = _concatenate(list(make(start, stop, missing)), missing)
-                for layer in missing:
-                    shards[layer] = self._pack(made, layer)
-                    self._save(self._path(layer, start, stop), shards[layer])
-            self.computed += len(missing)
-            self.reused += len(self.layers) - len(missing)
-            yield self._merge(shards, start, stop)
-
-    def _path(self, layer: int, start: int, stop: int) -> Path:
-        return self.folder / f"layer_{layer:02d}" / f"samples_{start:06d}-{stop:06d}.safetensors"
-
-    def _prepare(self) -> None:
         clear = json.dumps(self.description, indent=1, sort_keys=True)
         _write(self.folder / "description.json", clear.encode())
         for left in self.folder.glob("*/*.tmp-*"):  # of a run that was killed
             if not _alive(int(left.name.rsplit("-", 1)[1])):
                 left.unlink(missing_ok=True)
-
-    def _pack(self, made: TokenBatch, layer: int) -> dict[str, torch.Tensor]:
-        acts = made.acts[layer].to(self.dtype)
-        return {"acts": acts, "is_image": made.is_image, **{k: getattr(made, k).int() for k in _INT}}
-
-    def _save(self, path: Path, shard: dict[str, torch.Tensor]) -> None:
-        _write(path, save(shard, metadata={"sha256": _digest(shard)}))
+        for start in range(0, n_samples, self.shard_samples):
+            stop = min(start + self.shard_samples, n_samples)
+            paths = {
+                k: self.folder / f"layer_{k:02d}" / f"samples_{start:06d}-{stop:06d}.safetensors" for k in self.layers
+            }
+            shards = {layer: self._load(path) for layer, path in paths.items()}
+            missing = [layer for layer in self.layers if shards[layer] is None]
+            if missing:
+                made = _concatenate(list(make(start, stop, missing)), missing)
+                beside = {"is_image": made.is_image, **{k: getattr(made, k).int() for k in _INT}}
+                for layer in missing:
+                    shards[layer] = {"acts": made.acts[layer].to(self.dtype), **beside}
+                    _write(paths[layer], save(shards[layer], metadata={"sha256": _digest(shards[layer])}))
+            self.computed += len(missing)
+            self.reused += len(self.layers) - len(missing)
+            yield self._merge(shards, start, stop)
 
     def _load(self, path: Path) -> dict[str, torch.Tensor] | None:
         """The shard, or None when there is none or its checksum is wrong."""
@@ -116,9 +96,8 @@ class ShardCache:
                     f"layers {self.layers[0]} and {layer} of samples {start}-{stop} in {self.folder} hold "
                     "different tokens: the data changed but its description did not; delete that folder"
                 )
-        beside = {k: first[k].long() for k in _INT}
         acts = {layer: shard["acts"].float() for layer, shard in shards.items()}
-        return TokenBatch(acts=acts, is_image=first["is_image"], **beside)
+        return TokenBatch(acts, is_image=first["is_image"], **{k: first[k].long() for k in _INT})
 
 
 def _concatenate(batches: list[TokenBatch], layers: list[int]) -> TokenBatch:
@@ -142,27 +121,19 @@ def _write(path: Path, data: bytes) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         temporary.unlink(missing_ok=True)  # before asking how much is free
-        raise InputError(
-            f"disk full: {path} needs {len(data) / 2**20:.1f} MiB, {_free(path) / 2**20:.1f} MiB free; "
-            "make room and run again (finished shards are kept)"
-        ) from error
+        there = next(folder for folder in path.parents if folder.exists())
+        needs, free = (f"{size / 2**20:.1f} MiB" for size in (len(data), shutil.disk_usage(there).free))
+        kept = "make room and run again (finished shards are kept)"
+        raise InputError(f"disk full: {path} needs {needs}, {free} free; {kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _free(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:  # not permitted: it is there
+        return error.errno != errno.ESRCH
     return True
 
 
@@ -175,38 +146,27 @@ class Tokens:
     ``description`` (JSON) says what the tokens are of; it names whatever is made from them, such as trained SAEs.
     """
 
-    def __init__(self, make, description: dict, layers: Iterable[int], n_samples: int, folder=None, shard_samples=500):
+    def __init__(self, make, description: dict, layers: Iterable[int], n_samples: int, folder=None):
         self.make, self.description, self.n_samples = make, description, n_samples
         self.layers = sorted(set(layers))
-        self.shards = ShardCache(folder, description, self.layers, shard_samples) if folder else None
+        self.shards = ShardCache(folder, description, self.layers) if folder else None
 
     def __iter__(self) -> Iterator[TokenBatch]:
         if self.shards is None:
-            return self.make(0, self.n_samples, self.layers)
-        return iter(
-            tqdm(self._from_shards(), "activations", -(-self.n_samples // self.shards.shard_samples), leave=False)
-        )
-
-    def _from_shards(self):
-        return self.shards.tokens(self.make, self.n_samples)
+            return iter(self.make(0, self.n_samples, self.layers))
+        n_shards = -(-self.n_samples // self.shards.shard_samples)
+        return iter(tqdm(self.shards.tokens(self.make, self.n_samples), "activations", n_shards, leave=False))
 
 
 def of_images(
     folder, adapter, images, layers, *, batch_size, question="", keep="image", reading="corrected", start=0, stop=None
 ) -> Tokens:
     """Tokens of an `data.ImageData` in the chat template with ``question``; ``folder`` None does not store them."""
-    from mmsae_helpers import data
-
     dataset = images.dataset.select(range(start, len(images.dataset) if stop is None else stop))
 
     def make(a, b, layers):
-        return stream(
-            adapter,
-            data.batches(adapter, dataset, batch_size, question=question, start=a, stop=b),
-            layers,
-            keep,
-            reading,
-        )
+        batches = data.batches(adapter, dataset, batch_size, question=question, start=a, stop=b)
+        return stream(adapter, batches, layers, keep, reading)
 
     about = {"images": images.fingerprint, "rows": [start, start + len(dataset)], "prompt": adapter.prompt(question)}
     about |= {"model": fingerprint(adapter), "dtype": str(adapter.model.dtype), "keep": keep, "reading": reading}
@@ -217,8 +177,6 @@ def of_texts(
     folder, adapter, texts, layers, *, batch_size, keep="text", reading="corrected", max_tokens=None
 ) -> Tokens:
     """Tokens of text-only documents; ``folder`` None does not store them."""
-    from mmsae_helpers import data
-
     texts = list(texts)
 
     def make(a, b, layers):
@@ -236,34 +194,17 @@ def of_texts(
 def fingerprint(thing) -> str:
     """SHA-256 of content, equal in every process.
 
-    A checkpoint folder (its configs and weights), a model or adapter (weights, config, image processor), a
-    ``datasets.Dataset`` (its rows: image bytes, or path, size and time of image files), or anything that
-    goes into JSON, such as a string of your own.
+    A model or adapter (weights, config, image processor), or anything that goes into JSON.
     """
-    sha = hashlib.sha256()
     image_processor = getattr(getattr(thing, "processor", None), "image_processor", None)
     if not hasattr(thing, "state_dict"):  # an adapter; models have a .model too
         thing = getattr(thing, "model", thing)
-    if isinstance(thing, (str, Path)) and Path(thing).is_dir():
-        names = sorted(p for p in Path(thing).iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
-        for path in names:
-            sha.update(path.name.encode())
-            with open(path, "rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
-    elif hasattr(thing, "state_dict"):
-        sha.update(_digest(thing.state_dict()).encode())
-        for part in (getattr(thing, "config", None), image_processor):
-            settings = _without_place(part.to_dict()) if part is not None else None
-            sha.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    elif hasattr(thing, "with_format"):
-        rows = thing.with_format("arrow")
-        sha.update(repr(rows.column_names).encode())
-        for table in rows.iter(batch_size=256):
-            for column in table.columns:
-                _feed(sha, column.to_pylist())
+    if hasattr(thing, "state_dict"):
+        parts = [part and _without_place(part.to_dict()) for part in (thing.config, image_processor)]
+        text = _digest(thing.state_dict()) + "".join(json.dumps(p, sort_keys=True, default=str) for p in parts)
     else:
-        sha.update(json.dumps(thing, sort_keys=True).encode())
-    return sha.hexdigest()
+        text = json.dumps(thing, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -282,20 +223,3 @@ def _without_place(settings):
         left_out = ("_name_or_path", "transformers_version", "architectures", "dtype")
         return {k: _without_place(v) for k, v in settings.items() if k not in left_out}
     return settings
-
-
-def _feed(sha, value) -> None:
-    if isinstance(value, bytes):
-        sha.update(f"{len(value)} ".encode() + value)
-    elif isinstance(value, list):
-        sha.update(f"{len(value)} ".encode())
-        for item in value:
-            _feed(sha, item)
-    elif isinstance(value, dict) and set(value) == {"bytes", "path"}:  # an image
-        if value["bytes"] is None and value["path"] and os.path.exists(value["path"]):
-            status = os.stat(value["path"])
-            sha.update(f"{value['path']} {status.st_size} {status.st_mtime_ns} ".encode())
-        else:
-            _feed(sha, value["bytes"] or value["path"])
-    else:
-        sha.update(repr(value).encode())

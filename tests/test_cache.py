@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 
@@ -210,22 +209,9 @@ def test_data_that_changed_under_one_description_is_refused(tmp_path, make, llav
 
 
 def test_fingerprints_follow_content(tmp_path, llava, gemma):
-    rows = {"image": [{"bytes": b"ab", "path": None}, {"bytes": b"c", "path": None}], "label": [0, 1]}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    one, two = (datasets.Dataset.from_dict(rows, features=features) for _ in range(2))
-    assert cache.fingerprint(one) == cache.fingerprint(two)
-    assert cache.fingerprint(one) != cache.fingerprint(one.select([1, 0]))
-    assert cache.fingerprint(one.select([1, 0]).select([1, 0])) == cache.fingerprint(one)
     assert cache.fingerprint("a") == cache.fingerprint("a") != cache.fingerprint("b")
-    for folder in ("x", "y"):
-        gemma.model.save_pretrained(tmp_path / folder)
-    assert cache.fingerprint(tmp_path / "x") == cache.fingerprint(str(tmp_path / "y"))
+    gemma.model.save_pretrained(tmp_path / "x")
     before = cache.fingerprint(gemma)
     reloaded = type(gemma.model).from_pretrained(tmp_path / "x")
     assert before == cache.fingerprint(gemma.model) == cache.fingerprint(reloaded)
     assert before != cache.fingerprint(llava)
-    weights = tmp_path / "x" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert cache.fingerprint(tmp_path / "x") != cache.fingerprint(tmp_path / "y")
