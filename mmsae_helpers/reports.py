@@ -20,8 +20,6 @@ from bleach.css_sanitizer import CSSSanitizer
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-from . import parameters
-
 TEMPLATE = Path(__file__).resolve().parent / "report_template"
 PLOTLY = "application/vnd.plotly.v1+json"
 TAGS = set(
@@ -33,9 +31,7 @@ ATTRIBUTES = {
     "*": ["class", "id", "title", "style", "align"],
     "a": ["href"],
     # any other image would be a request
-    "img": lambda tag, name, value: (
-        name in ("alt", "width", "height") or (name == "src" and value.startswith("data:image/"))
-    ),
+    "img": lambda _, name, value: name in ("alt", "width", "height") or (name, value[:11]) == ("src", "data:image/"),
     "td": ["colspan", "rowspan"],
     "th": ["colspan", "rowspan", "scope"],
     "details": ["open"],
@@ -44,11 +40,10 @@ DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json",
 
 
 class Entry(NamedTuple):
-    """One notebook on the index page; ``executed`` is None and the dicts are empty where it was never run."""
+    """One notebook on the index page; ``source`` is as executed, or as committed where it never ran."""
 
     name: str
-    notebook: Path
-    executed: Path | None
+    source: Path
     has_page: bool
     status: dict
     result: dict
@@ -76,18 +71,15 @@ class _Renderer(IPythonRenderer):
 
     formulas: list
 
-    def _keep(self, latex, block):
-        self.formulas.append(to_mathml(latex, block))
+    def inline_math(self, body, block=False):
+        self.formulas.append(to_mathml(body, block))
         return f"\ue000{len(self.formulas) - 1}\ue001"
 
-    def inline_math(self, body):
-        return self._keep(body, False)
-
     def block_math(self, body):
-        return self._keep(body, True)
+        return self.inline_math(body, block=True)
 
     def latex_environment(self, name, body):
-        return self._keep(f"\\begin{{{name}}}{body}\\end{{{name}}}", True)
+        return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
 
 
 def markdown(text, attachments=None):
@@ -135,34 +127,24 @@ def _prepare(notebook):
             if PLOTLY in data:
                 page = plotly_figure(data[PLOTLY])
             elif "text/html" in data:
-                page = f'<div class="scroll">{clean(_text(data["text/html"]))}</div>'
+                page = f'<div class="scroll">{clean(data["text/html"])}</div>'
             elif "text/markdown" in data:
-                page = markdown(_text(data["text/markdown"]))
+                page = markdown(data["text/markdown"])
                 if output.metadata.get("text/markdown", {}).get("mmsae") == "caption":
                     page = f'<div class="figcaption">{page}</div>'
             elif "text/latex" in data:
-                page = to_mathml(_text(data["text/latex"]).strip("$ \n"), block=True)
+                page = to_mathml(data["text/latex"].strip("$ \n"), block=True)
             for mime in DROPPED:
                 data.pop(mime, None)
             if page is not None:
                 output.data = nbformat.from_dict({"text/html": page})
 
 
-def _text(source):
-    return source if isinstance(source, str) else "".join(source)
-
-
 def render(executed, page, result, status, single=False):
-    """Write the HTML report of an executed notebook.
+    """Write the HTML report ``page`` of the notebook ``executed`` (paths).
 
-    Parameters
-    ----------
-    executed, page : Path
-        The notebook, and the HTML file to write.
-    result, status : dict
-        ``results.json`` and ``run.json`` of the run; ``result`` is empty where the run failed.
-    single : bool
-        One self-contained file: plotly.js and the executed notebook inside instead of beside it.
+    ``result`` and ``status`` are its ``results.json`` (empty where it failed) and ``run.json``. ``single`` makes one
+    self-contained file: plotly.js and the executed notebook inside instead of beside it.
     """
     from bs4 import BeautifulSoup
 
@@ -180,12 +162,11 @@ def render(executed, page, result, status, single=False):
         "minutes": _duration(status.get("duration_s")),
         "error": _plain_trace(status),
         "index": "" if single else "index.html",
-        "executed": _data_uri(executed) if single else executed.name,
+        "executed": _data_uri("application/x-ipynb+json", executed.read_bytes()) if single else executed.name,
         "executed_name": executed.name,
         "plotly": has_plotly and ("inline" if single else "plotly.min.js"),
         "plotly_js": _plotly_js() if has_plotly and single else "",
-        "css": (TEMPLATE / "report.css").read_text(encoding="utf-8"),
-        "js": (TEMPLATE / "report.js").read_text(encoding="utf-8"),
+        **_assets(),
     }
     body, _ = _Exporter().from_notebook_node(notebook, resources={"report": facts})
     soup = BeautifulSoup(body, "html.parser")
@@ -217,13 +198,13 @@ def render_index(entries, profile, revision, page):
 
     cards = []
     for entry in entries:
-        shown = nbformat.read(entry.executed or entry.notebook, as_version=4)
+        shown = nbformat.read(entry.source, as_version=4)
         cards.append(
             {
                 "name": entry.name,
                 "title": _title(shown, entry.name),
                 "page": f"{entry.name}.html" if entry.has_page else "",
-                "thumbnail": _thumbnail(shown) if entry.executed else "",
+                "thumbnail": _thumbnail(shown),
                 "status": entry.status.get("status", "not run"),
                 "error": entry.status.get("error", ""),
                 "traceback": _plain_trace(entry.status),
@@ -232,25 +213,14 @@ def render_index(entries, profile, revision, page):
             }
         )
     total = sum(entry.status.get("duration_s", 0) for entry in entries)
-    page.write_text(
-        Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True)
-        .get_template("overview.html.j2")
-        .render(
-            cards=cards,
-            profile=profile,
-            total=_duration(total),
-            revision=revision,
-            claims=results.CLAIMS,
-            css=(TEMPLATE / "report.css").read_text(encoding="utf-8"),
-            js=(TEMPLATE / "report.js").read_text(encoding="utf-8"),
-        ),
-        encoding="utf-8",
-    )
+    template = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True).get_template("overview.html.j2")
+    facts = {"profile": profile, "total": _duration(total), "revision": revision, "claims": results.CLAIMS}
+    page.write_text(template.render(cards=cards, **facts, **_assets()), encoding="utf-8")
 
 
 def _title(notebook, fallback):
     for cell in notebook.cells:
-        if cell.cell_type == "markdown" and (found := re.search(r"^#\s+(.+)$", parameters.source(cell), re.M)):
+        if cell.cell_type == "markdown" and (found := re.search(r"^#\s+(.+)$", cell.source, re.M)):
             return re.sub(r"[*`$]", "", found[1]).strip()
     return fallback
 
@@ -266,7 +236,7 @@ def _thumbnail(notebook):
                 image.thumbnail((520, 360))
                 small = io.BytesIO()
                 image.save(small, "PNG", optimize=True)
-                return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
+                return _data_uri("image/png", small.getvalue())
     return ""
 
 
@@ -280,8 +250,12 @@ def _duration(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def _data_uri(path):
-    return f"data:application/x-ipynb+json;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _data_uri(mime, content):
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def _assets():
+    return {kind: (TEMPLATE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")}
 
 
 def _plotly_js():

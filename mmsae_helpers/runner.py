@@ -75,15 +75,10 @@ class Store:
 
 
 def order(root):
-    """Notebooks in running order, with what each needs.
+    """Notebooks in running order: name -> (names it needs, True if it runs without them too).
 
-    ``metadata.mmsae.after`` of a notebook lists the notebooks it needs; ``["*"]`` is all others, and then it
-    runs even if one of them failed (the ledger shows what is not there).
-
-    Returns
-    -------
-    dict
-        name -> (needed names, True if it runs without them too)
+    ``metadata.mmsae.after`` of a notebook lists the notebooks it needs; ``["*"]`` is all others, and then it runs even
+    if one of them failed (the ledger shows what is not there).
     """
     names = sorted(path.stem for path in (root / "notebooks").glob("[0-9]*.ipynb"))
     if not names:
@@ -92,15 +87,14 @@ def order(root):
     for name in names:
         metadata = parameters.read_notebook(root / "notebooks" / f"{name}.ipynb")["metadata"]
         after = metadata.get("mmsae", {}).get("after", [])
-        if missing := [n for n in after if n not in names and n != "*"]:
-            raise InputError(f"{name}.ipynb: there is no '{missing[0]}'; mend its metadata.mmsae.after")
+        if missing := set(after) - {*names, "*"}:
+            raise InputError(f"{name}.ipynb: there is no '{min(missing)}'; mend its metadata.mmsae.after")
         needs[name] = ([n for n in names if n != name], True) if after == ["*"] else (after, False)
     ordered = {}
-    while len(ordered) < len(needs):
-        ready = [n for n in needs if n not in ordered and all(m in ordered for m in needs[n][0])]
+    while waiting := [name for name in needs if name not in ordered]:
+        ready = [name for name in waiting if set(needs[name][0]) <= set(ordered)]
         if not ready:
-            waiting = ", ".join(sorted(set(needs) - set(ordered)))
-            raise InputError(f"notebooks {waiting} wait for each other; mend metadata.mmsae.after")
+            raise InputError(f"notebooks {', '.join(waiting)} wait for each other; mend metadata.mmsae.after")
         ordered[ready[0]] = needs[ready[0]]
     return ordered
 
@@ -125,35 +119,21 @@ def execution_task(plan, name, needed):
     package = [p for p in PACKAGE.rglob("*") if p.is_file() and p.name not in PRESENTATION]
     package = [p for p in package if "__pycache__" not in p.parts and "report_template" not in p.parts]
     inputs = [plan.params(name), plan.root / "constraints.txt", *map(plan.result, needed), *package]
-    return Task(
-        name,
-        None,
-        file_dep=[str(p) for p in inputs if p.is_file()],
-        targets=[str(plan.result(name)), str(plan.executed(name))],
-        uptodate=[config_changed({"cells": hashlib.sha256(json.dumps(sources).encode()).hexdigest()})],
-    )
+    cells_sha = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+    return _task(name, inputs, [plan.result(name), plan.executed(name)], cells_sha)
+
+
+def _task(name, inputs, targets, config):
+    """A doit task that is out of date when a file or ``config`` changed or a target is gone."""
+    files, targets = ([str(p) for p in paths] for paths in (filter(Path.is_file, inputs), targets))
+    return Task(name, None, file_dep=files, targets=targets, uptodate=[config_changed(config)])
 
 
 def run(root=None, profile="tiny", only="", single=False, artifacts=None, reports=None, out=sys.stdout):
-    """Run what is out of date, render what changed, write the index page.
+    """Run what is out of date, render what changed, write the index page; returns how many notebooks did not complete.
 
-    Parameters
-    ----------
-    root : Path, optional
-        Folder with ``notebooks/`` and ``params/``; the repository by default.
-    profile : str
-        Folder of ``params/``.
-    only : str
-        First letters of notebook names ("03", "01,02"); what they need runs too if it is out of date.
-    single : bool
-        Also write each report as one self-contained ``.single.html`` file.
-    artifacts, reports : Path, optional
-        Where results and pages go; in ``root`` by default.
-
-    Returns
-    -------
-    int
-        Number of notebooks that failed or could not run because of one that did.
+    ``only``: first letters of notebook names ("03", "01,02"); what they need runs too if it is out of date. ``single``
+    also writes each report as one self-contained file. ``artifacts`` and ``reports`` are in ``root`` by default.
     """
     root = Path(root or parameters.repo_root()).resolve()
     folders = [Path(artifacts or root / "artifacts").resolve(), Path(reports or root / "reports").resolve()]
@@ -171,10 +151,8 @@ def run(root=None, profile="tiny", only="", single=False, artifacts=None, report
         blocked = [] if alone else [n for n in needed if n in bad]
         task = execution_task(plan, name, needed)
         if blocked:
-            # what a former run left would be taken for this run's
-            plan.result(name).unlink(missing_ok=True)
-            why = f"needs {', '.join(blocked)}, which did not complete"
-            bad[name] = _record(plan, name, "skipped", error=why)
+            plan.result(name).unlink(missing_ok=True)  # of a former run: it would be taken for this one's
+            bad[name] = _record(plan, name, "skipped", error=f"needs {', '.join(blocked)}, which did not complete")
             print(f"[{k}/{len(chosen)}] {name}: skipped, {bad[name]['error']}", file=out, flush=True)
         elif not store.fresh(task):
             ran += 1
@@ -199,23 +177,22 @@ def execute(plan, name, title, out):
 
     plan.result(name).unlink(missing_ok=True)
     plan.executed(name).unlink(missing_ok=True)
-    started, progress = time.time(), None
+    progress = Progress(title, out)
     try:
+        cells = parameters.read_notebook(plan.notebook(name))["cells"]
         values = parameters.load(plan.params(name), plan.notebook(name))
-        profile = values.get("profile", parameters.defaults(plan.notebook(name)).get("profile", plan.profile))
+        profile = (parameters.defaults(plan.notebook(name)) | values).get("profile")
         if profile != plan.profile:
             raise InputError(f"{plan.params(name)}: says profile '{profile}'; write 'profile: {plan.profile}'")
-        cells = parameters.read_notebook(plan.notebook(name))["cells"]
-        total = sum(c["cell_type"] == "code" for c in cells) + bool(values)  # papermill adds one
-        progress = Progress(title, total, out)
+        progress.total = sum(c["cell_type"] == "code" for c in cells) + bool(values)  # papermill adds one
         notebook = papermill.execute_notebook(
-            str(plan.notebook(name)),
-            str(plan.executed(name)),
+            plan.notebook(name),
+            plan.executed(name),
             values,
             kernel_name="python3",
             language="python",
             progress_bar=False,
-            cwd=str(plan.notebook(name).parent),
+            cwd=plan.notebook(name).parent,
             kernel_manager_class=_kernel_manager(plan),
             coalesce_streams=True,
             store_widget_state=False,
@@ -231,29 +208,23 @@ def execute(plan, name, title, out):
             raise Stopped("ended without results.json; its last cell must call run.save()")
     except Exception as error:
         plan.result(name).unlink(missing_ok=True)
-        status = _record(plan, name, "failed", started, *_explain(error, progress))
+        status = _record(plan, name, "failed", progress.begun, *_explain(error, progress))
     else:
-        status = _record(plan, name, "ok", started)
-    if progress:
-        progress.end(status)
-    else:
-        print(f"{title}: failed: {status['error']}", file=out, flush=True)
+        status = _record(plan, name, "ok", progress.begun)
+    progress.end(status)
     return status
 
 
 class Stopped(RuntimeError):
-    """A notebook that came to no good end without raising: what happened, and a traceback if there is one."""
+    """A notebook that came to no good end without raising: what happened, and where there is one a traceback."""
 
 
 def _explain(error, progress):
     """One line and a traceback for the index page and the terminal."""
-    if isinstance(error, InputError):
-        return str(error), ""
-    if isinstance(error, Stopped):
-        return error.args[0], "".join(error.args[1:])
+    if isinstance(error, InputError | Stopped):
+        return error.args
     if type(error).__name__ == "DeadKernelError":
-        where = f"code cell {progress.at} of {progress.total}"
-        short = f"the kernel died in {where} (killed, out of memory, or os._exit)"
+        short = f"the kernel died in code cell {progress.at} of {progress.total} (killed, out of memory, or os._exit)"
         return short, f"DeadKernelError: {error}\nin the cell\n\n{progress.source}"
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return (lines[-1] if lines else repr(error)), str(error)
@@ -262,9 +233,9 @@ def _explain(error, progress):
 class Progress:
     """Terminal lines of one notebook: cell, elapsed, and on a terminal the last line of its stderr (tqdm)."""
 
-    def __init__(self, title, total, out):
+    def __init__(self, title, out):
         self.title, self.out, self.begun = title, out, time.time()
-        self.total, self.at, self.source, self.live = total, 0, "", out.isatty()
+        self.total, self.at, self.source, self.live = 0, 0, "", out.isatty()
 
     def cell(self, cell, cell_index):
         if cell.cell_type == "code":
@@ -304,11 +275,8 @@ def _kernel_manager(plan):
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
     }
-    spec = KernelSpec(
-        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        env=env,
-        language="python",
-    )
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = KernelSpec(argv=command, env=env, language="python")
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = property(lambda self: spec)
@@ -334,10 +302,9 @@ def _render(plan, store, name, single):
     if not source.is_file():
         plan.html(name).unlink(missing_ok=True)
         return
-    pages = [(plan.html(name), False)] + [(plan.html(name).with_suffix(".single.html"), True)] * single
-    for page, whole in pages:
-        inputs = [source, plan.status(name), plan.result(name), *_presentation()]
-        task = _page_task(f"{page.name}", inputs, page)
+    for whole in (False, True)[: 1 + single]:
+        page = plan.html(name).with_suffix(".single.html" if whole else ".html")
+        task = _page_task([source, plan.status(name), plan.result(name)], page)
         if not store.fresh(task):
             from . import reports
 
@@ -346,29 +313,23 @@ def _render(plan, store, name, single):
 
 
 def _render_index(plan, store, names, page):
-    inputs = [p(name) for name in names for p in (plan.status, plan.result, plan.html)] + _presentation()
-    task = _page_task("index", inputs, page, names)
+    inputs = [p(name) for name in names for p in (plan.status, plan.result, plan.html)]
+    task = _page_task(inputs, page, names)
     if not store.fresh(task):
         from . import reports, results
 
         entries = []
         for name in names:
-            status, result = _load(plan.status(name)), _load(plan.result(name))
-            executed = plan.executed(name) if plan.executed(name).is_file() else None
-            entries.append(
-                reports.Entry(name, plan.notebook(name), executed, plan.html(name).is_file(), status, result)
-            )
+            source = plan.executed(name) if plan.executed(name).is_file() else plan.notebook(name)
+            has_page = plan.html(name).is_file()
+            entries.append(reports.Entry(name, source, has_page, _load(plan.status(name)), _load(plan.result(name))))
         reports.render_index(entries, plan.profile, results.revision(plan.root), page)
         store.done(task)
 
 
-def _page_task(name, inputs, page, names=()):
-    files = [str(p) for p in inputs if p.is_file()]
-    return Task(name, None, file_dep=files, targets=[str(page)], uptodate=[config_changed({"names": list(names)})])
-
-
-def _presentation():
-    return [PACKAGE / "reports.py", *(PACKAGE / "report_template").iterdir()]
+def _page_task(inputs, page, names=()):
+    inputs = [*inputs, PACKAGE / "reports.py", *(PACKAGE / "report_template").iterdir()]
+    return _task(page.name, inputs, [page], " ".join(names))
 
 
 def _load(path):
@@ -386,15 +347,12 @@ def main(argv=None):
     parser.add_argument("--profile", default="tiny", help="folder of params/ (default: tiny)")
     parser.add_argument("--only", default="", help="first letters of notebook names, as in 03 or 01,02")
     parser.add_argument("--single", action="store_true", help="also write each report as one self-contained HTML file")
-    parser.add_argument("--artifacts", help="where results go (default: artifacts/ of the root)")
-    parser.add_argument("--reports", help="where pages go (default: reports/ of the root)")
     args = parser.parse_args(argv)
     try:
-        failed = run(args.root, args.profile, args.only, args.single, args.artifacts, args.reports)
+        return 1 if run(**vars(args)) else 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":
