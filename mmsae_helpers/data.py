@@ -1,6 +1,7 @@
 """Data sets: the embedded world, a hub data set, a folder of images by class, parquet or arrow files; and texts."""
 
 import hashlib
+import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,20 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, Image, load_dataset
 
 from mmsae_helpers.activations import Inputs
-from mmsae_helpers.errors import InputError
+from mmsae_helpers.errors import InputError, first_line
 
 EMBEDDED = "tinyworld"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _TEXTS = ("caption", "question", "answer")
-_ALIASES = {
-    "image": ("image", "img"),
-    "fine_label": ("fine_label", "label"),
-    "caption": ("caption", "text"),
-}
+_ALIASES = {"image": ("image", "img"), "fine_label": ("fine_label", "label"), "caption": ("caption", "text")}
 
 
 class ImageData(NamedTuple):
@@ -72,23 +70,15 @@ class ImageData(NamedTuple):
             return None
         masks = np.stack([np.asarray(mask.convert("L")) for mask in self.dataset["mask"]]) >= 128
         n, height, width = masks.shape
-        rows, columns = grid
-        tiles = masks.reshape(n, rows, height // rows, columns, width // columns)
-        return tiles.mean((2, 4)).reshape(n, rows * columns)
+        tiles = masks.reshape(n, grid[0], height // grid[0], grid[1], width // grid[1])
+        return tiles.mean((2, 4)).reshape(n, -1)
 
 
 def _words(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
-def load(
-    name: str,
-    split: str = "test",
-    per_class: int | None = None,
-    *,
-    seed: int = 0,
-    on_bad_image: str = "stop",
-) -> ImageData:
+def load(name: str, split="test", per_class: int | None = None, *, seed=0, on_bad_image="stop") -> ImageData:
     """Load labelled images.
 
     ``name`` is ``tinyworld``, a folder with one subfolder of images a class (or with ``split`` between), a ``.parquet``
@@ -130,9 +120,8 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
             raise InputError(f"{name} has no column text: it has {', '.join(rows.column_names)}")
         texts = [row["text"] for row in rows.take(count)]
     if len(texts) < count:
-        raise InputError(
-            f"{name} has {len(texts)} documents but {count} are needed: lower the number in the parameters"
-        )
+        few = f"{name} has {len(texts)} documents but {count} are needed"
+        raise InputError(f"{few}: lower the number in the parameters")
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
 
 
@@ -146,9 +135,7 @@ def batches(adapter, dataset: Dataset, batch_size: int, *, question="", start=0,
         yield Inputs(torch.tensor(rows), adapter.encode([prompt] * len(images), images))
 
 
-def text_batches(
-    adapter, texts: list[str], batch_size: int, *, start=0, stop=None, max_tokens=None
-) -> Iterator[Inputs]:
+def text_batches(adapter, texts: list[str], batch_size: int, *, start=0, stop=None, max_tokens=None):
     """Model inputs for documents ``start`` to ``stop``, cut at ``max_tokens`` (the model's context by default)."""
     stop = len(texts) if stop is None else stop
     limit = max_tokens or adapter.config.max_position_embeddings
@@ -167,9 +154,8 @@ def _open(name: str, split: str, streaming: bool = False):
     if path.is_dir():
         return _folder(path / split if (path / split).is_dir() else path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise InputError(
-            f"data set {name} does not exist: give tinyworld, a folder, a .parquet or .arrow file, or a hub id"
-        )
+        known = "tinyworld, a folder, a .parquet or .arrow file, or a hub id"
+        raise InputError(f"data set {name} does not exist: give {known}")
     return _loaded(name, name, split=split, streaming=streaming)
 
 
@@ -177,7 +163,7 @@ def _loaded(name: str, *args, **options):
     try:
         return load_dataset(*args, **options)
     except Exception as error:  # the hub, pyarrow and datasets each raise their own
-        raise InputError(f"cannot load data set {name}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"cannot load data set {name}: {first_line(error)}") from error
 
 
 def _folder(root: Path) -> Dataset:
@@ -209,32 +195,28 @@ def _normalised(dataset: Dataset, name: str) -> Dataset:
 
 def _per_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    chosen = [rng.permutation(np.flatnonzero(labels == label))[:count] for label in np.unique(labels)]
-    short = [int(label) for label, rows in zip(np.unique(labels), chosen, strict=True) if len(rows) < count]
-    if short:
-        raise InputError(
-            f"class {short[0]} has fewer than {count} images: lower the images per class in the parameters"
-        )
+    chosen = []
+    for label in np.unique(labels):
+        chosen.append(rng.permutation(np.flatnonzero(labels == label))[:count])
+        if len(chosen[-1]) < count:
+            raise InputError(
+                f"class {label} has fewer than {count} images: lower the images per class in the parameters"
+            )
     return np.sort(np.concatenate(chosen))
 
 
 def _decodable(dataset: Dataset, name: str, on_bad_image: str) -> tuple[Dataset, list[str], str]:
     """Decode every image once, so that a bad one is found before a long pass; returns what is left and its digest."""
-    import io
-
-    from PIL import Image as PILImage
-
     good, skipped, digest = [], [], hashlib.sha256()
     for i, raw in enumerate(dataset.cast_column("image", Image(decode=False))["image"]):
         where = raw["path"] or f"row {i}"
         try:
             content = raw["bytes"] if raw["bytes"] is not None else Path(raw["path"]).read_bytes()
-            PILImage.open(io.BytesIO(content)).convert("RGB")
+            PIL.Image.open(io.BytesIO(content)).convert("RGB")
         except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
             if on_bad_image == "stop":
-                raise InputError(
-                    f"image {where} of {name} cannot be decoded ({error}): mend it, or set on_bad_image: skip"
-                ) from error
+                what = f"image {where} of {name} cannot be decoded ({error})"
+                raise InputError(f"{what}: mend it, or set on_bad_image: skip") from error
             skipped.append(str(where))
             continue
         good.append(i)

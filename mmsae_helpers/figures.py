@@ -4,15 +4,8 @@ import html
 
 import numpy as np
 
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito 2008, no yellow
+# Okabe and Ito 2008, without yellow
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 VERDICT_LOOK = {
@@ -62,39 +55,30 @@ def style():
     pio.renderers.default = "plotly_mimetype"
 
 
-def look(i):
-    """Colour, marker and line style of series ``i``, as keyword arguments of ``plot`` and ``errorbar``."""
-    return {"color": PALETTE[i % 7], "marker": MARKERS[i % 7], "linestyle": LINES[i % 7]}
+def _ends(intervals):
+    """Values [n] and the distances of the interval ends below and above them [2, n], 0 where there are none."""
+    values = np.array([iv.value for iv in intervals], float)
+    ends = np.array([[iv.value, iv.value] if iv.lo is None else [iv.lo, iv.hi] for iv in intervals], float)
+    return values, np.abs(ends.T - values)
 
 
 def errorbars(ax, x, intervals, i=0, label=None, line=True):
-    """Estimates with their intervals as one series on ``ax``.
-
-    ``intervals`` are `results.Interval`, one per ``x``; where one has no ends, only its marker is drawn.
-    """
-    values = np.array([iv.value for iv in intervals], float)
-    ends = np.array([[iv.value, iv.value] if iv.lo is None else [iv.lo, iv.hi] for iv in intervals], float)
-    drawn = look(i) | ({} if line else {"linestyle": "none"})
-    return ax.errorbar(x, values, yerr=np.abs(ends.T - values), label=label, **drawn)
+    """Estimates (`results.Interval`, one per ``x``) with their intervals as series number ``i`` on ``ax``."""
+    values, errors = _ends(intervals)
+    drawn = {"color": PALETTE[i % 7], "marker": MARKERS[i % 7], "linestyle": LINES[i % 7] if line else "none"}
+    return ax.errorbar(x, values, yerr=errors, label=label, **drawn)
 
 
-def bars(ax, labels, intervals, colour=PALETTE[0], unit=""):
+def bars(ax, labels, intervals):
     """Horizontal bars with intervals, first label on top, each value written at its bar."""
     y = np.arange(len(labels))[::-1]
-    values = np.array([iv.value for iv in intervals], float)
-    ends = np.array([[iv.value, iv.value] if iv.lo is None else [iv.lo, iv.hi] for iv in intervals], float)
-    ax.barh(y, values, xerr=np.abs(ends.T - values), color=colour, height=0.65, error_kw={"ecolor": "#444444"})
+    values, errors = _ends(intervals)
+    ax.barh(y, values, xerr=errors, color=PALETTE[0], height=0.65, error_kw={"ecolor": "#444444"})
     ax.set_yticks(y, labels)
     ax.grid(axis="y", visible=False)
-    for at, value, hi in zip(y, values, ends.max(1), strict=True):
-        ax.annotate(
-            f"{value:.3g}{unit}",
-            (max(hi, 0), at),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+    for at, value, hi in zip(y, values, values + errors[1], strict=True):
+        beside = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        ax.annotate(f"{value:.3g}", (max(hi, 0), at), **beside)
     ax.margins(x=0.12)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmsae_helpers.errors import InputError
+from mmsae_helpers.errors import InputError, first_line
 
 CHECKPOINTS = Path(__file__).parent / "tinyworld" / "checkpoints"
 EMBEDDED = "tinyworld/"
@@ -62,24 +62,15 @@ class Adapter:
         if template is None:
             raise InputError(f"{self.name} has no chat template: give a model that was trained on chats")
         image = image and self.image_token_id is not None
-        for content in self._contents(question, image):
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id) if image else ""
+        parts = [{"type": "image"}] * image + [{"type": "text", "text": question}]
+        for content in (parts, f"{token}\n{question}" if image else question):  # the two forms that templates know
             turn = [{"role": "user", "content": content}]
-            text = self.tokenizer.apply_chat_template(
-                turn, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-            if (not image or self._image_token in text) and question in text:
+            options = dict(chat_template=template, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(turn, **options)
+            if token in text and question in text:
                 return text
         raise InputError(f"the chat template of {self.name} drops the image or the question")
-
-    def _contents(self, question: str, image: bool):
-        """The two forms of a turn's content that templates know: a list of parts, and a plain string."""
-        parts = [{"type": "image"}] if image else []
-        yield [*parts, {"type": "text", "text": question}]
-        yield f"{self._image_token}\n{question}" if image else question
-
-    @property
-    def _image_token(self) -> str:
-        return self.tokenizer.convert_ids_to_tokens(self.image_token_id) if self.image_token_id is not None else ""
 
     def encode(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
         """Model inputs on the model's device, padded right: ``input_ids`` and ``attention_mask`` [B, T], and pixels.
@@ -88,11 +79,8 @@ class Adapter:
         """
         # A template that writes BOS itself must not get a second one from the tokenizer.
         bos = self.tokenizer.bos_token
-        options = {
-            "return_tensors": "pt",
-            "padding": True,
-            "add_special_tokens": not (bos and texts[0].startswith(bos)),
-        }
+        special = not (bos and texts[0].startswith(bos))
+        options = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
         if images is None:
             inputs = self.tokenizer(list(texts), return_token_type_ids=False, **options)
         else:
@@ -105,7 +93,11 @@ class Adapter:
 
     def forward(self, inputs: dict[str, Tensor]):
         """The model's output (``.logits`` [B, T, vocabulary]) without a key-value cache."""
-        return self.model(**inputs, use_cache=False)
+        return self.model(**self._arguments(inputs), use_cache=False)
+
+    def _arguments(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs under the names of the model's own arguments."""
+        return inputs
 
     @torch.no_grad()
     def answer(self, inputs: dict[str, Tensor], max_new_tokens: int = 16) -> list[str]:
@@ -114,13 +106,11 @@ class Adapter:
         out: list[str] = [""] * len(lengths)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().flatten()
-            part = {
-                k: v[rows][:, :length] if k in ("input_ids", "attention_mask") else v[rows] for k, v in inputs.items()
-            }
-            tokens = self.model.generate(**part, do_sample=False, max_new_tokens=max_new_tokens)[:, length:]
-            for row, text in zip(
-                rows.tolist(), self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
-            ):
+            cut = {k: inputs[k][:, :length] for k in ("input_ids", "attention_mask")}
+            part = {k: v[rows] for k, v in (inputs | cut).items()}
+            tokens = self.model.generate(**self._arguments(part), do_sample=False, max_new_tokens=max_new_tokens)[:, length:]
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for row, text in zip(rows.tolist(), texts, strict=True):
                 out[row] = text.strip()
         return out
 
@@ -161,7 +151,50 @@ class LlavaAdapter(Adapter):
         return hidden.hidden_states[self.model.config.vision_feature_layer][:, 1:].mean(1).float().cpu()
 
 
-FAMILIES = {"llava": LlavaAdapter}
+class CaptionerAdapter(Adapter):
+    """VisionEncoderDecoderModel with a GPT-2 decoder: the image is read by cross-attention, so no token is an image's.
+
+    ``input_ids`` are the decoder's: its start token, then a caption to force or nothing. ``patch_grid`` is the
+    encoder's. Raises InputError for a decoder that is no GPT-2 with cross-attention.
+    """
+
+    def __init__(self, name, model, tokenizer, processor):
+        if not all(hasattr(block, "crossattention") for block in getattr(model.decoder.base_model, "h", [None])):
+            kind = model.config.decoder.model_type
+            raise InputError(f"the decoder of {name} ({kind}) has no GPT-2 blocks with cross-attention: give a captioner")
+        super().__init__(name, model, tokenizer, processor)
+        vision = model.config.encoder
+        if vision.model_type in ("vit", "deit"):
+            self.patch_grid = (vision.image_size // vision.patch_size,) * 2
+        options = model.generation_config
+        if options.pad_token_id is None:
+            options.pad_token_id = tokenizer.pad_token_id
+        start = (options.decoder_start_token_id, model.config.decoder_start_token_id, tokenizer.bos_token_id)
+        self._start = tokenizer.convert_ids_to_tokens(next(token for token in start if token is not None))
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        return self.model.decoder.base_model.h
+
+    def prompt(self, question: str = "", image: bool = True) -> str:
+        """The empty text: a captioner writes about its image alone. Raises InputError for a question."""
+        if question or not image:
+            raise InputError(f"{self.name} is a captioner: it answers no question and needs an image")
+        return ""
+
+    def encode(self, texts, images=None) -> dict[str, Tensor]:
+        """Captions to force (empty ones to generate from), after the start token; and pixels of one image each."""
+        if images is None or len(images) != len(texts):
+            raise InputError(f"{len(texts)} texts but {len(images or [])} images: a captioner needs one image a text")
+        inputs = super().encode([self._start + text for text in texts])
+        pixels = self.processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
+        return inputs | {"pixel_values": pixels.to(self.device, self.model.dtype)}
+
+    def _arguments(self, inputs):
+        return {k if k == "pixel_values" else f"decoder_{k}": v for k, v in inputs.items()}
+
+
+FAMILIES = {"llava": LlavaAdapter, "vision-encoder-decoder": CaptionerAdapter}
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False) -> Adapter:
@@ -170,21 +203,17 @@ def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_c
     ``name`` is ``tinyworld/<model>`` (shipped with the package), a local folder, or a hub id. Weights are read from
     safetensors only. Raises InputError when there is no such model, a file is damaged, or the family is unknown.
     """
-    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     path = resolve(name)
     options = {"trust_remote_code": trust_remote_code}
     config = _read(name, AutoConfig.from_pretrained, path, **options)
     if config.model_type not in FAMILIES:
-        from transformers import AutoModelForCausalLM
-
         model = _weights(name, AutoModelForCausalLM, path, device, dtype, **options)
         return Adapter(name, model, _read(name, AutoTokenizer.from_pretrained, path, **options))
-    from transformers import AutoModelForImageTextToText
-
     processor = _read(name, AutoProcessor.from_pretrained, path, **options)
     model = _weights(name, AutoModelForImageTextToText, path, device, dtype, **options)
-    return FAMILIES[config.model_type](name, model, processor.tokenizer, processor)
+    return FAMILIES[config.model_type](name, model, tokenizer, processor)
 
 
 @torch.no_grad()
@@ -216,14 +245,12 @@ def resolve(name: str) -> str:
             raise InputError(f"no embedded model {name!r}: there are {known}")
         return str(folder)
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder} is not a model folder: it has no config.json")
+    if (folder / "config.json").is_file():
         return str(folder)
+    if folder.is_dir():
+        raise InputError(f"{folder} is not a model folder: it has no config.json")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise InputError(
-            f"model folder {name} does not exist: give a folder, a hub id owner/name, or tinyworld/<model>"
-        )
+        raise InputError(f"model {name} does not exist: give a folder, a hub id owner/name, or tinyworld/<model>")
     return name
 
 
@@ -246,5 +273,4 @@ def _read(name, read, path, **options):
     try:
         return read(path, **options)
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds; all mean "cannot load this"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load model {name} ({path}): {reason}") from error
+        raise InputError(f"cannot load model {name} ({path}): {first_line(error)}") from error

@@ -4,6 +4,8 @@ Papermill only warns of an unknown key, and YAML reads ``1e-4`` as text. Here bo
 """
 
 import ast
+import difflib
+import json
 import math
 import os
 from pathlib import Path
@@ -14,24 +16,17 @@ PROFILES = ("smoke", "tiny", "paper")
 
 
 def repo_root():
-    """Folder that holds ``notebooks/`` and ``params/``.
-
-    ``MMSAE_ROOT`` if set, else the first such folder upwards from the working directory, else the package's.
-    """
+    """``MMSAE_ROOT``, or the first folder with ``notebooks/`` and ``params/`` up from here, else the package's own."""
     if os.environ.get("MMSAE_ROOT"):
         return Path(os.environ["MMSAE_ROOT"]).resolve()
     for folder in [*(here := Path.cwd().resolve(), *here.parents), Path(__file__).resolve().parents[1]]:
         if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
             return folder
-    raise InputError(
-        f"no folder with notebooks/ and params/ above {Path.cwd()}; run from the repository or set MMSAE_ROOT"
-    )
+    raise InputError(f"no notebooks/ and params/ above {Path.cwd()}; run from the repository or set MMSAE_ROOT")
 
 
 def read_notebook(path):
     """Notebook as a plain dict; `InputError` if it is not there or not a notebook."""
-    import json
-
     try:
         notebook = json.loads(Path(path).read_text(encoding="utf-8"))
         notebook["cells"], notebook["metadata"]
@@ -48,10 +43,7 @@ def source(cell):
 
 
 def defaults(notebook_path):
-    """Names and default values of a notebook's cell tagged ``parameters``.
-
-    The cell may hold only assignments of literals, one name each: what is read here is what runs.
-    """
+    """Names and values of a notebook's cell tagged ``parameters``: assignments of literals, one name each."""
     cells = [c for c in read_notebook(notebook_path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise InputError(f"{notebook_path}: {len(cells)} cells are tagged 'parameters'; tag exactly one")
@@ -61,33 +53,18 @@ def defaults(notebook_path):
         try:
             found[target.id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            raise InputError(
-                f"{notebook_path}: line {node.lineno} of the parameters cell must read 'name = literal'"
-            ) from None
+            where = f"{notebook_path}: line {node.lineno} of the parameters cell"
+            raise InputError(f"{where} must read 'name = literal'") from None
     return found
 
 
 def check(values, expected, where):
-    """Values checked against defaults: same names, same types.
+    """``values`` checked against the defaults ``expected``: same names, same types; ints given for floats made floats.
 
-    Parameters
-    ----------
-    values : dict
-        What the user gave.
-    expected : dict
-        Names and defaults, as from `defaults`. A default of None accepts any value; a float accepts an int;
-        the items of a list or dict are held to the type of the default's items when those agree.
-    where : str
-        File or notebook named in the message.
-
-    Returns
-    -------
-    dict
-        ``values``, with ints given for floats made floats.
+    A default of None accepts any value; the items of a list or dict are held to the type of the default's items when
+    those agree. ``where`` is the file or notebook named in the message.
     """
     if unknown := [key for key in values if key not in expected]:
-        import difflib
-
         close = difflib.get_close_matches(str(unknown[0]), expected, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(expected)}"
         raise InputError(f"{where}: unknown parameter '{unknown[0]}'; {hint}")
@@ -131,10 +108,9 @@ def _is_number(text):
 
 
 def load(params_path, notebook_path):
-    """Values of a parameter file, checked against the notebook's parameters cell.
+    """What a parameter file sets, checked against the notebook's parameters cell.
 
-    Returns only what the file sets; `InputError` for a missing or malformed file, a key given twice, an
-    unknown key or a wrong type.
+    `InputError` for a missing or malformed file, a key given twice, an unknown key or a wrong type.
     """
     import yaml
 
@@ -153,8 +129,7 @@ def load(params_path, notebook_path):
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise InputError(f"{params_path}:{line} is not YAML ({getattr(error, 'problem', error)})") from None
-    if values is None:
-        values = {}
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{params_path}: holds a {type(values).__name__}; write 'name: value' lines")
     return check(values, defaults(notebook_path), str(params_path))

@@ -87,17 +87,10 @@ def bootstrap_ci(values, statistic=np.mean, seed=0, level=0.95, resamples=2000):
 
 
 def verdict(effect, ci, direction="greater", null=0.0):
-    """Verdict of an effect from its interval.
+    """Verdict on an effect from its interval ``ci`` (lo, hi); the value itself is there for the reader of the call.
 
-    Parameters
-    ----------
-    effect : float
-        Kept for the reader of the call; the interval decides.
-    ci : (float, float) or None
-        None is inconclusive.
-    direction : {"greater", "less", "within"}
-        The claim: the effect is above ``null``, below it, or within plus-minus ``null`` (equivalence). "As
-        good as" is "greater" with ``null`` minus the margin that would still count as equal.
+    ``direction`` is the claim: the effect is "greater" than ``null``, "less", or "within" plus-minus ``null``
+    (equivalence). "As good as" is "greater" with ``null`` minus the margin that would still count as equal.
     """
     if direction not in ("greater", "less", "within"):
         raise InputError(f"verdict: direction '{direction}' is none of greater, less, within")
@@ -125,27 +118,14 @@ def weakest(parts):
 class Run:
     """One run of one notebook: its checked parameters, its folders, its metrics and claims.
 
-    Parameters
-    ----------
-    notebook : str
-        Name without ``.ipynb``, in ``notebooks/``.
-    namespace : dict
-        ``globals()`` of the notebook, right after the parameters cell.
-
-    Attributes
-    ----------
-    parameters, profile
-        Values as they are in the namespace, held to the names and types of the parameters cell.
-    folder, cache, saes : Path
-        ``artifacts/<profile>/<notebook>``, and the folders shared by the notebooks of a profile.
-    reports : Path
-        ``reports/``, for what is committed (pictures, the ledger).
+    ``namespace`` is ``globals()`` of the notebook right after its parameters cell. Attributes: ``parameters``,
+    ``profile``; ``folder`` artifacts/<profile>/<notebook>; ``cache`` and ``saes``, shared within a profile;
+    ``reports``, for what is committed.
     """
 
     def __init__(self, notebook, namespace):
         root = repo_root()
-        path = root / "notebooks" / f"{notebook}.ipynb"
-        expected = _parameters.defaults(path)
+        expected = _parameters.defaults(root / "notebooks" / f"{notebook}.ipynb")
         if missing := [name for name in expected if name not in namespace]:
             raise InputError(f"{notebook}: parameter '{missing[0]}' is not defined; run the parameters cell first")
         self.parameters = _parameters.check({name: namespace[name] for name in expected}, expected, notebook)
@@ -169,10 +149,9 @@ class Run:
             self.metric(re.sub(r"\W+", "_", f"{prefix}_{what}"), value, unit=unit)
 
     def claim(self, id, verdict=None, effect=None, ci=None, n=None, note=""):
-        """Record what this run says about a claim of `CLAIMS`.
+        """Record what this run says about a claim of `CLAIMS`; ``effect`` may be an `Interval`.
 
-        ``verdict`` None takes `verdict` of the effect against 0; ``effect`` may be an `Interval`; ``note``
-        says what the effect is, in a few words with its unit.
+        ``verdict`` None takes `verdict` of the effect against 0; ``note`` says what the effect is, with its unit.
         """
         if id not in CLAIMS:
             raise InputError(f"{self.notebook}: no claim '{id}'; known are {', '.join(CLAIMS)}")
@@ -275,13 +254,10 @@ def read_results(profile, root=None):
 
 
 def ledger(profile, root=None):
-    """Claims of the papers beside what the runs of a profile measured.
+    """Claims of the papers beside what the runs of a profile measured, a data frame of text.
 
-    Returns
-    -------
-    pandas.DataFrame
-        A row per claim and notebook that speaks to it: claim, says, paper, ours, n, verdict, measured,
-        notebook. Claims that no notebook of the profile speaks to have verdict "not run".
+    A row per claim and notebook that speaks to it: claim, says, paper, ours, n, verdict ("not run" where none does),
+    measured, notebook.
     """
     import pandas as pd
 
@@ -289,19 +265,13 @@ def ledger(profile, root=None):
     rows = []
     for id, claim in CLAIMS.items():
         for found, name in [(c, name) for c, name in said if c["id"] == id] or [(None, "")]:
-            row = {
-                "claim": id,
-                "says": claim.text,
-                "paper": claim.paper,
-                "ours": "",
-                "n": "",
-                "verdict": "not run",
-            }
+            ours, n, verdict, note = "", "", "not run", ""
             if found:
-                ours = "" if found["effect"] is None else Interval(found["effect"], *(found["ci"] or (None, None)), 0)
-                row |= {"ours": str(ours), "n": found["n"] or "", "verdict": found["verdict"]}
-            rows.append(row | {"measured": found["note"] if found else "", "notebook": name})
-    return pd.DataFrame(rows)
+                n, verdict, note = found["n"] or "", found["verdict"], found["note"]
+                if found["effect"] is not None:
+                    ours = str(Interval(found["effect"], *(found["ci"] or (None, None)), 0))
+            rows.append((id, claim.text, claim.paper, ours, n, verdict, note, name))
+    return pd.DataFrame(rows, columns=["claim", "says", "paper", "ours", "n", "verdict", "measured", "notebook"])
 
 
 def to_markdown(frame):
