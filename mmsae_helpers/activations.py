@@ -6,7 +6,8 @@ tokens.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -51,9 +52,8 @@ class _Stop(Exception):
 def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> Iterator[dict[int, torch.Tensor]]:
     """Hook decoder blocks; one `run` inside the context fills the dict yielded: layer -> [B, T, d_model].
 
-    ``as_published`` reads each block's input instead of its output (METHODS A.3 a). A second forward inside
-    one context raises RuntimeError rather than overwrite what the first stored. Raises InputError for a
-    layer out of range or no layers at all.
+    ``as_published`` reads each block's input instead of its output (METHODS A.3 a). A second forward inside one context
+    raises RuntimeError rather than overwrite the first. InputError for a layer out of range or no layers at all.
     """
     layers = sorted({adapter.check_layer(layer) for layer in layers})
     if not layers:
@@ -68,22 +68,19 @@ def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> It
         if layer == layers[-1]:
             raise _Stop
 
+    def before(layer, _block, args, kwargs):
+        store(layer, args[0] if args else kwargs["hidden_states"])
+
+    def after(layer, _block, _args, output):
+        store(layer, output[0] if isinstance(output, tuple) else output)
+
     def hook(layer: int):
         if reading == "as_published":
+            return adapter.blocks[layer].register_forward_pre_hook(partial(before, layer), with_kwargs=True)
+        return adapter.blocks[layer].register_forward_hook(partial(after, layer))
 
-            def before(_block, args, kwargs):
-                store(layer, args[0] if args else kwargs["hidden_states"])
-
-            return adapter.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
-
-        def after(_block, _args, output):
-            store(layer, output[0] if isinstance(output, tuple) else output)
-
-        return adapter.blocks[layer].register_forward_hook(after)
-
-    handles = []
+    handles = [hook(layer) for layer in layers]
     try:
-        handles.extend(hook(layer) for layer in layers)
         yield found
     finally:
         for handle in handles:
@@ -92,27 +89,18 @@ def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> It
 
 def run(adapter, inputs: dict[str, torch.Tensor]) -> None:
     """Forward without gradients inside a `hooked` context; ends after the last hooked block."""
-    try:
-        with torch.no_grad():
-            adapter.forward(inputs)
-    except _Stop:
-        pass
+    with torch.no_grad(), suppress(_Stop):
+        adapter.forward(inputs)
 
 
 def stream(
-    adapter,
-    batches: Iterable[Inputs],
-    layers: Iterable[int],
-    keep: Keep = "image",
-    reading: Reading = "corrected",
-    keep_special: bool = False,
+    adapter, batches: Iterable[Inputs], layers, keep: Keep = "image", reading: Reading = "corrected", keep_special=False
 ) -> Iterator[TokenBatch]:
     """Residuals of the kept tokens, one TokenBatch per input batch, all layers from one pass.
 
-    ``keep``: image tokens, text tokens (special ones such as BOS only with ``keep_special``), all, or per
-    sample the first text token after the image (paper A's "EoI"). Padding is never kept. ``as_published``
-    takes the block's input, and as image tokens a fixed range of positions from 4 on, whatever they are
-    (METHODS A.3 a, b).
+    ``keep``: image tokens, text tokens (special ones such as BOS only with ``keep_special``), all, or per sample the
+    first text token after the image (paper A's "EoI"). Padding is never kept. ``as_published`` takes the block's input,
+    and as image tokens a fixed range of positions from 4 on, whatever they are (METHODS A.3 a, b).
     """
     layers = list(layers)
     _check("keep", keep, Keep)

@@ -1,29 +1,28 @@
 """Sparse feature reductions: what leaves the encoder, and everything the notebooks compute from it.
 
-Token features are a ``scipy.sparse.csr_matrix`` [tokens, d_sae], float32, of the positive activations,
-columns ascending. A dense [tokens, d_sae] array larger than one chunk exists nowhere. Wherever features of
-one token are ranked, ties go to the lowest feature index and inactive features never count. Sums run in
-float64, in token order, so pooling in chunks equals pooling at once bit for bit.
+Token features are a ``scipy.sparse.csr_matrix`` [tokens, d_sae], float32, of the positive activations, columns
+ascending. Where features of one token are ranked, ties go to the lowest feature index and inactive features never
+count. Sums run in float64, in token order, so pooling in chunks equals pooling at once bit for bit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.workers import crew
 
 POOLINGS = (None, 1, 3, 5, 10, 50)  # paper A: sum over tokens, and top-N
 _LOW = np.int64(2**31 - 1)
 
 
 class Pooled(NamedTuple):
-    """A row per sample: ``values`` sums the kept activations (float32), ``counts`` the tokens that kept them.
+    """csr [samples, d_sae]: ``values`` sums the kept activations (float32), ``counts`` the tokens that kept them.
 
-    Both are csr [samples, d_sae] over the same entries. ``counts`` is paper A's as-published top-N;
-    ``counts > 0`` its binarised form.
+    Both have the same entries. ``counts`` is paper A's as-published top-N; ``counts > 0`` its binarised form.
     """
 
     values: sp.csr_matrix
@@ -79,11 +78,9 @@ def _from_flat(flat: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> 
 def encode(sae, acts, scale: float = 1.0, chunk: int = 2048) -> sp.csr_matrix:
     """Token features of residuals ``acts`` [tokens, d_model] under ``sae`` (anything with ``encode``).
 
-    ``scale`` multiplies the residuals first (see `saes.rescale_factor`). Dense only for ``chunk`` tokens at
-    a time. Raises InputError when a residual is not finite.
+    ``scale`` multiplies the residuals first (see `saes.rescale_factor`). Dense only for ``chunk`` tokens at a time.
+    Raises InputError when a residual is not finite.
     """
-    import torch
-
     weight = next(iter(sae.parameters()), None) if hasattr(sae, "parameters") else None
     parts = []
     with torch.no_grad():
@@ -92,10 +89,8 @@ def encode(sae, acts, scale: float = 1.0, chunk: int = 2048) -> sp.csr_matrix:
             if weight is not None:
                 x = x.to(weight.device, weight.dtype)
             if not torch.isfinite(x).all():
-                raise InputError(
-                    f"activations of tokens {start} to {start + len(x) - 1} hold NaN or infinity: "
-                    "run the model in float32 or bfloat16 (parameter dtype)"
-                )
+                where = f"activations of tokens {start} to {start + len(x) - 1} hold NaN or infinity"
+                raise InputError(f"{where}: run the model in float32 or bfloat16 (parameter dtype)")
             parts.append(to_csr(sae.encode(x * scale if scale != 1.0 else x)))
     return parts[0] if len(parts) == 1 else sp.vstack(parts, format="csr")
 
@@ -148,10 +143,10 @@ def retrieve_top1(features: sp.csr_matrix) -> np.ndarray:
 
 
 def pool_all(features: sp.csr_matrix, sample_rows, n_samples: int, ns: Sequence = POOLINGS) -> dict:
-    """Pool tokens into samples for every N of ``ns`` in one pass (None: sum over all active features).
+    """Pool tokens into samples for every N of ``ns`` in one pass (None: sum over all active features): {N: Pooled}.
 
-    ``sample_rows`` [tokens]: row of each token's sample, 0 to n_samples - 1, in any order. Returns {N:
-    Pooled}. Temporary memory is that of a few samples, whatever their number.
+    ``sample_rows`` [tokens]: row of each token's sample, 0 to n_samples - 1, in any order. Temporary memory is that
+    of a few samples, whatever their number.
     """
     rows = np.asarray(sample_rows, np.int64)
     if len(rows) != features.shape[0]:
@@ -194,22 +189,20 @@ def _sum(flat, values, n_samples, d) -> Pooled:
     position = np.flatnonzero(count > 0)
     total = np.bincount(flat, weights=values, minlength=size + 1)[position]
     summed = _from_flat(position, total.astype(np.float32), (n_samples, d))
-    return _pair(summed, count[position].astype(np.int32))
+    return Pooled(summed, _like(summed, count[position].astype(np.int32)))
 
 
-def _pair(values: sp.csr_matrix, count: np.ndarray) -> Pooled:
-    """Pooled whose two matrices share their index arrays."""
-    counts = sp.csr_matrix((count, values.indices, values.indptr), shape=values.shape, copy=False)
-    return Pooled(values, counts)
+def _like(matrix: sp.csr_matrix, values: np.ndarray) -> sp.csr_matrix:
+    """Other values at the same entries; the index arrays are shared."""
+    return sp.csr_matrix((values, matrix.indices, matrix.indptr), shape=matrix.shape, copy=False)
 
 
 def _stack(parts: list[Pooled], d: int) -> Pooled:
-    if not parts:
-        return _pair(sp.csr_matrix((0, d), dtype=np.float32), np.empty(0, np.int32))
     if len(parts) == 1:
         return parts[0]
-    values = sp.vstack([p.values for p in parts], format="csr")
-    return _pair(values, np.concatenate([p.counts.data for p in parts]))
+    values = sp.vstack([sp.csr_matrix((0, d), dtype=np.float32), *(p.values for p in parts)], format="csr")
+    counts = np.concatenate([np.empty(0, np.int32), *(p.counts.data for p in parts)])
+    return Pooled(values, _like(values, counts))
 
 
 def pool(features: sp.csr_matrix, sample_rows, n_samples: int, n: int | None = None) -> Pooled:
@@ -220,8 +213,8 @@ def pool(features: sp.csr_matrix, sample_rows, n_samples: int, n: int | None = N
 class PoolStream:
     """Pools a stream of token features; holds nothing but the pooled result.
 
-    ``add`` takes whole samples: all tokens of a sample in one call (raises ValueError when a sample comes
-    back). ``result`` returns what was pooled since the last call and forgets it.
+    ``add`` takes all tokens of a sample in one call (ValueError when a sample comes back). ``result`` returns what was
+    pooled since the last call and forgets it.
     """
 
     def __init__(self, ns: Sequence = POOLINGS):
@@ -248,23 +241,18 @@ class PoolStream:
 def pool_pass(tokens, saes: Mapping, ns: Sequence = POOLINGS, scales: Mapping | None = None) -> dict:
     """Pool one pass over TokenBatches of whole samples under every SAE, two at a time on two cores.
 
-    ``saes`` by key (layer, ...); ``scales``: factor on the residuals, by key. Returns {key: {N: Pooled}}, rows
-    in the order of the samples.
+    ``saes`` by key (layer, ...); ``scales``: factor on the residuals, by key. Returns {key: {N: Pooled}}, rows in the
+    order of the samples.
     """
-    import torch
-
     streams = {key: PoolStream(ns) for key in saes}
-    threads = torch.get_num_threads()
-
-    def add(key, batch):
-        found = encode(saes[key], batch.acts[key[0]], (scales or {}).get(key, 1.0))
-        streams[key].add(found, batch.sample.numpy())
-
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with crew() as each:
         for batch in tokens:
-            torch.set_num_threads(1)
-            list(pool.map(add, streams, [batch] * len(streams)))
-            torch.set_num_threads(threads)  # for the model's forward, where the pass is not stored
+
+            def add(key, batch=batch):
+                found = encode(saes[key], batch.acts[key[0]], (scales or {}).get(key, 1.0))
+                streams[key].add(found, batch.sample.numpy())
+
+            each(add, streams)
     return {key: stream.result().pooled for key, stream in streams.items()}
 
 
@@ -278,8 +266,7 @@ def matrices(pooled: Mapping, reading: str = "corrected") -> dict[tuple[str, str
     for n, (values, counts) in pooled.items():
         name, counted = ("sum", False) if n is None else (f"top-{n}", reading == "as_published")
         out[name, "raw"] = counts.astype(np.float32) if counted else values
-        ones = np.ones(values.nnz, np.float32)
-        out[name, "binarised"] = sp.csr_matrix((ones, values.indices, values.indptr), values.shape)
+        out[name, "binarised"] = _like(values, np.ones(values.nnz, np.float32))
     return out
 
 
@@ -300,10 +287,9 @@ class _Once:
 
 
 class OccurrenceCounter:
-    """Counts, per class and feature, the images whose tokens retrieve the feature.
+    """Counts, per class and feature, the images whose tokens retrieve the feature; whole samples per ``add``.
 
-    ``labels`` [samples]: class of every sample id. ``counts`` [n_classes, d_sae] int64. Whole samples per
-    ``add``.
+    ``labels`` [samples]: class of every sample id. ``counts`` [n_classes, d_sae] int64.
     """
 
     def __init__(self, labels, n_classes: int, d_sae: int):

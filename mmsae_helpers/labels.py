@@ -7,7 +7,6 @@ which (kind "predicts") a feature's mean activation is largest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ import scipy.sparse as sp
 
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.features import OccurrenceCounter, encode, max_per_sample, retrieve_top1, share_on_object
+from mmsae_helpers.workers import crew
 
 KINDS = ("reads", "predicts")
 LABEL_COLUMNS = ["feature", "label", "purity", "kind", "count"]
@@ -31,10 +31,7 @@ def next_tokens(token, sample, position) -> np.ndarray:
 
 
 class WordMeans:
-    """Running sums of activations per (word, feature), for the current and for the next token.
-
-    Add held-out text chunk by chunk; memory is that of the non-zero (word, feature) pairs.
-    """
+    """Running sums of activations per (word, feature), for the current and for the next token of held-out text."""
 
     def __init__(self, n_words: int, d_sae: int):
         self.sums = {kind: sp.csr_matrix((n_words, d_sae), dtype=np.float64) for kind in KINDS}
@@ -47,8 +44,7 @@ class WordMeans:
             rows = np.flatnonzero(ids >= 0)
             if len(rows) and ids[rows].max() >= n_words:
                 raise InputError(f"token id {ids[rows].max()} is outside the vocabulary of {n_words} words")
-            words = (ids[rows], rows)
-            of_word = sp.csr_matrix((np.ones(len(rows)), words), shape=(n_words, len(ids)))
+            of_word = sp.csr_matrix((np.ones(len(rows)), (ids[rows], rows)), shape=(n_words, len(ids)))
             self.sums[kind] = self.sums[kind] + of_word @ features
             self.counts[kind] += np.bincount(ids[rows], minlength=n_words)
         return self
@@ -57,10 +53,10 @@ class WordMeans:
 def label(means: WordMeans, words: Mapping[int, str], min_purity: float = 0.5, min_count: int = 20) -> pd.DataFrame:
     """Name features by the word they stand for: columns feature, label, purity, kind, count.
 
-    purity = mean activation on the word / sum over all words of the mean activation on each. The better of
-    the two kinds is kept; features below min_purity are left out, and words seen fewer than min_count times
-    take no part. Ids that `words` maps to the same string count as one word; ids that it lacks are words of
-    their own that compete but never name a feature. `count`: occurrences of the word.
+    purity = mean activation on the word / sum over all words of the mean activation on each. The better of both is
+    kept; features below min_purity are left out, and words seen fewer than min_count times take no part. Ids that
+    `words` maps to the same string count as one word; ids that it lacks compete but never name a feature. `count`:
+    occurrences of the word.
     """
     best = []
     for kind in KINDS:
@@ -75,8 +71,7 @@ def label(means: WordMeans, words: Mapping[int, str], min_purity: float = 0.5, m
         word = np.asarray(nameable.argmax(0)).ravel()
         top = nameable.max(0).toarray().ravel()
         purity = np.divide(top, total, out=np.zeros_like(top), where=total > 0)
-        features = np.arange(len(purity))
-        columns = (features, vocabulary[word], purity, kind, counts[word])
+        columns = (np.arange(len(purity)), vocabulary[word], purity, kind, counts[word])
         best.append(pd.DataFrame(dict(zip(LABEL_COLUMNS, columns, strict=True))))
     both = pd.concat(best).sort_values(["feature", "purity"], ascending=[True, False], kind="stable")
     found = both.drop_duplicates("feature").query("purity >= @min_purity and purity > 0")
@@ -131,16 +126,9 @@ class ImageScan:
 
 def scan(scans: Mapping, tokens) -> None:
     """Feed one pass over image tokens to every `ImageScan`, two SAEs at a time on two cores."""
-    import torch
-
-    workers, threads = torch.get_num_threads(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            for batch in tokens:
-                list(pool.map(lambda one, batch=batch: one.add(batch), scans.values()))
-    finally:
-        torch.set_num_threads(threads)
+    with crew() as each:
+        for batch in tokens:
+            each(lambda one, batch=batch: one.add(batch), scans.values())
 
 
 def shuffle(labels: pd.DataFrame, seed: int) -> pd.DataFrame:

@@ -7,7 +7,7 @@ The ridge solves the smaller of its two forms (d x d, or n x n), so that d = 16,
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import scipy.linalg
 import scipy.sparse as sp
+from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from mmsae_helpers.errors import InputError
@@ -35,20 +37,13 @@ class Prediction(NamedTuple):
 
     def confusion(self, n_classes: int) -> np.ndarray:
         """Counts [n_classes, n_classes]: rows are the truth, columns the prediction."""
-        pairs = np.bincount(self.truth * n_classes + self.predicted, minlength=n_classes**2)
-        return pairs.reshape(n_classes, n_classes)
+        return confusion_matrix(self.truth, self.predicted, labels=range(n_classes))
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over the classes that occur in either of 2 TP / (2 TP + FP + FN); scikit-learn's f1_score.
-
-    A negative prediction is an answer that names no class: missed, but no class of its own.
-    """
-    n = int(max(truth.max(), predicted.max())) + 1
-    hits = np.bincount(truth[truth == predicted], minlength=n)
-    occurrences = np.bincount(truth, minlength=n) + np.bincount(predicted[predicted >= 0], minlength=n)
-    present = occurrences > 0
-    return float(np.mean(2 * hits[present] / occurrences[present]))
+    """scikit-learn's, over the classes that occur in either; a prediction below 0 is a miss but no class itself."""
+    present = np.union1d(truth, predicted[predicted >= 0])
+    return float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0))
 
 
 def between_classes(X, y: np.ndarray) -> np.ndarray:
@@ -90,13 +85,7 @@ def probe(X, y, train_idx, test_idx, **options) -> float:
 
 
 def predict(
-    X,
-    y: np.ndarray,
-    train_idx: np.ndarray,
-    test_idx: np.ndarray,
-    classifier: str = "ridge",
-    standardise: str = "train",
-    alpha: float | str = "auto",
+    X, y, train_idx, test_idx, classifier="ridge", standardise="train", alpha: float | str = "auto"
 ) -> Prediction:
     """Fit a linear classifier on rows train_idx of X [n, d] (dense or csr), class ids y; apply to test_idx.
 
@@ -126,13 +115,8 @@ def predict(
 
 def _moments(X) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each column, [d] float32; a constant column gets deviation 1."""
-    mean = np.asarray(X.mean(0, dtype=np.float64)).ravel()
-    if sp.issparse(X):
-        variance = np.asarray(X.multiply(X).mean(0, dtype=np.float64)).ravel() - mean**2
-    else:
-        variance = np.einsum("ij,ij->j", X - mean, X - mean, dtype=np.float64) / len(X)
-    deviation = np.sqrt(np.where(variance > 1e-10 * mean**2, variance, 1))
-    return mean.astype(np.float32), deviation.astype(np.float32)
+    scaler = StandardScaler(with_mean=False).fit(X)  # which finds the mean all the same, of sparse features too
+    return scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
 
 
 def _ridge(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray, float]:
@@ -182,14 +166,7 @@ def _logistic(Z: np.ndarray, target: np.ndarray, alpha: float | str):
     return weights, bias, float(alpha)
 
 
-def grid(
-    features: Mapping[Hashable, object],
-    y: np.ndarray,
-    parts: Sequence[tuple[int, int]],
-    seeds: Sequence[int],
-    progress: bool = True,
-    **options,
-) -> pd.DataFrame:
+def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, progress=True, **options) -> pd.DataFrame:
     """Macro F1 of every feature matrix x split (train_parts, test_parts) x seed; one core works on each fit.
 
     Columns: name (the key in `features`), train_parts, test_parts, seed, macro_f1, alpha.
