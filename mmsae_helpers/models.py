@@ -108,8 +108,8 @@ class Adapter:
             rows = (lengths == length).nonzero().flatten()
             cut = {k: inputs[k][:, :length] for k in ("input_ids", "attention_mask")}
             part = {k: v[rows] for k, v in (inputs | cut).items()}
-            tokens = self.model.generate(**self._arguments(part), do_sample=False, max_new_tokens=max_new_tokens)[:, length:]
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            tokens = self.model.generate(**self._arguments(part), do_sample=False, max_new_tokens=max_new_tokens)
+            texts = self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
             for row, text in zip(rows.tolist(), texts, strict=True):
                 out[row] = text.strip()
         return out
@@ -161,7 +161,7 @@ class CaptionerAdapter(Adapter):
     def __init__(self, name, model, tokenizer, processor):
         if not all(hasattr(block, "crossattention") for block in getattr(model.decoder.base_model, "h", [None])):
             kind = model.config.decoder.model_type
-            raise InputError(f"the decoder of {name} ({kind}) has no GPT-2 blocks with cross-attention: give a captioner")
+            raise InputError(f"decoder of {name} ({kind}) lacks GPT-2 blocks with cross-attention: use a captioner")
         super().__init__(name, model, tokenizer, processor)
         vision = model.config.encoder
         if vision.model_type in ("vit", "deit"):
@@ -169,8 +169,9 @@ class CaptionerAdapter(Adapter):
         options = model.generation_config
         if options.pad_token_id is None:
             options.pad_token_id = tokenizer.pad_token_id
-        start = (options.decoder_start_token_id, model.config.decoder_start_token_id, tokenizer.bos_token_id)
-        self._start = tokenizer.convert_ids_to_tokens(next(token for token in start if token is not None))
+        known = (getattr(c, "decoder_start_token_id", None) for c in (options, model.config))
+        start = next((token for token in known if token is not None), tokenizer.bos_token_id)
+        self._start = tokenizer.convert_ids_to_tokens(start)
 
     @property
     def blocks(self) -> torch.nn.ModuleList:
@@ -203,7 +204,14 @@ def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_c
     ``name`` is ``tinyworld/<model>`` (shipped with the package), a local folder, or a hub id. Weights are read from
     safetensors only. Raises InputError when there is no such model, a file is damaged, or the family is unknown.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
 
     path = resolve(name)
     options = {"trust_remote_code": trust_remote_code}
@@ -211,7 +219,12 @@ def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_c
     if config.model_type not in FAMILIES:
         model = _weights(name, AutoModelForCausalLM, path, device, dtype, **options)
         return Adapter(name, model, _read(name, AutoTokenizer.from_pretrained, path, **options))
-    processor = _read(name, AutoProcessor.from_pretrained, path, **options)
+    if config.model_type == "vision-encoder-decoder":  # image processor and tokenizer lie side by side
+        processor = _read(name, AutoImageProcessor.from_pretrained, path, backend="pil", **options)
+        tokenizer = _read(name, AutoTokenizer.from_pretrained, path, **options)
+    else:
+        processor = _read(name, AutoProcessor.from_pretrained, path, **options)
+        tokenizer = processor.tokenizer
     model = _weights(name, AutoModelForImageTextToText, path, device, dtype, **options)
     return FAMILIES[config.model_type](name, model, tokenizer, processor)
 

@@ -31,7 +31,8 @@ def _tower(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import dataset, llava, training
 
     scenes, images, masks = dataset.arrays("train")
-    tower, curve = llava.train_tower(scenes, images, masks, steps=int(2600 * scale))
+    tower = llava.clip_tower()
+    curve = llava.train_tower(tower, scenes, images, masks, steps=int(2600 * scale))
     training.save(tower, folder, curve)
     llava.image_processor().save_pretrained(folder)
 
@@ -79,6 +80,22 @@ def _llava(root: Path, folder: Path, scale: float, word_lists: bool = True) -> N
     llava.make_processor().save_pretrained(folder)
 
 
+def _captioner(root: Path, folder: Path, scale: float) -> None:
+    from transformers import CLIPVisionModel
+
+    from mmsae_helpers.tinyworld import captioner, dataset, llava, tokenizer, training
+
+    tower = CLIPVisionModel.from_pretrained(root / "clip", dtype="float32").eval()
+    scenes, images, masks = dataset.arrays("train")
+    model = captioner.make_captioner()
+    captioner.start_from_clip(model.encoder, tower, images[:500])
+    curve = llava.train_tower(model.encoder, scenes, images, masks, steps=int(400 * scale), lr=1e-3)
+    curve += captioner.train_decoder(model, scenes, images, steps=int(1400 * scale))
+    training.save(model, folder, curve)
+    captioner.image_processor().save_pretrained(folder)
+    tokenizer.make_tokenizer().save_pretrained(folder)
+
+
 def _named(name: str, word_lists: bool) -> str:
     return name if word_lists else f"{name}-no-lists"
 
@@ -96,6 +113,7 @@ STAGES: dict[str, Stage] = {
     "gemma-it-no-lists": Stage(("gemma-no-lists",), _without_lists(_gemma_it), "llava", ships=False),
     "llava-no-lists": Stage(("clip", "gemma-it-no-lists"), _without_lists(_llava), "llava"),
     "resnet": Stage((), _resnet, "llava"),
+    "vit-gpt2": Stage(("clip",), _captioner, "captioner"),
 }
 
 
@@ -115,6 +133,8 @@ def run_stage(name: str, root: Path, scale: float) -> None:
 def build(root: Path, *, families: list[str] | None = None, scale: float = 1.0, jobs: int = 2) -> None:
     """Train every stage that ``root`` lacks, ``jobs`` at a time; raises RuntimeError naming a stage that failed."""
     wanted = [n for n, stage in STAGES.items() if not families or stage.family in families]
+    for name in wanted:  # grows as it goes: a family may need another's model
+        wanted += [need for need in STAGES[name].needs if need not in wanted]
     running: dict[str, subprocess.Popen] = {}
     root.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

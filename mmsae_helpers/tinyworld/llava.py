@@ -40,19 +40,24 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def train_tower(scenes, images, masks, *, steps: int, batch: int = 128) -> tuple[CLIPVisionModel, list[dict]]:
-    """A CLIP vision tower supervised at its patch tokens.
-
-    Heads on the mean of the patch tokens name every attribute; heads on each single token name what the patch shows:
-    the object's shape, colour and size where at least a quarter of its pixels are the object's, the ground elsewhere.
-    """
+def clip_tower() -> CLIPVisionModel:
+    """An untrained CLIP vision tower: four layers of width 128, 8 x 8 patches."""
     config = CLIPVisionConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=128,
     )  # fmt: skip
-    tower = CLIPVisionModel(config)
-    pooled = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in ATTRIBUTES.items()})
-    local = nn.ModuleDict({k: nn.Linear(128, len(ATTRIBUTES[k])) for k in ("shape", "color", "size", "ground")})
+    return CLIPVisionModel(config)
+
+
+def train_tower(tower, scenes, images, masks, *, steps: int, lr: float = 2e-3, batch: int = 128) -> list[dict]:
+    """Supervise an image encoder (a class token, then one token a patch) at its patch tokens; returns the curve.
+
+    Heads on the mean of the patch tokens name every attribute; heads on each single token name what the patch shows:
+    the object's shape, colour and size where at least a quarter of its pixels are the object's, the ground elsewhere.
+    """
+    width = tower.config.hidden_size
+    pooled = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in ATTRIBUTES.items()})
+    local = nn.ModuleDict({k: nn.Linear(width, len(ATTRIBUTES[k])) for k in ("shape", "color", "size", "ground")})
     truth = {k: torch.tensor([v.index(getattr(s, k)) for s in scenes]) for k, v in ATTRIBUTES.items()}
     shown = torch.from_numpy(masks).float().unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2)).flatten(1)
     generator = torch.Generator().manual_seed(0)
@@ -72,8 +77,9 @@ def train_tower(scenes, images, masks, *, steps: int, batch: int = 128) -> tuple
         return total
 
     modules = nn.ModuleList([tower, pooled, local])
-    curve = fit(modules.parameters(), loss, steps=steps, lr=2e-3, name="tower")
-    return tower.eval(), curve
+    curve = fit(modules.parameters(), loss, steps=steps, lr=lr, name="tower")
+    tower.eval()
+    return curve
 
 
 def gemma_config() -> GemmaConfig:
