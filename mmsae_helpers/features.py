@@ -124,15 +124,6 @@ def _top_keys(features: sp.csr_matrix, n: int, start: int, stop: int, step: int 
     return out
 
 
-def top_n(features: sp.csr_matrix, n: int) -> sp.csr_matrix:
-    """The n largest features of every token (paper A's top-N); a token with fewer active keeps those."""
-    threshold = _top_keys(features, n, 0, features.shape[0])[:, -1]
-    count = np.diff(features.indptr)
-    kept = _keys(features.data, features.indices) >= np.repeat(threshold, count)
-    indptr = np.concatenate([[0], np.cumsum(kept)])[features.indptr]
-    return sp.csr_matrix((features.data[kept], features.indices[kept], indptr), shape=features.shape)
-
-
 def retrieve_top1(features: sp.csr_matrix) -> np.ndarray:
     """Index of each token's largest feature [tokens] int64, -1 where none is active (paper A, retrieval)."""
     key = _top_keys(features, 1, 0, features.shape[0])[:, 0]
@@ -311,13 +302,6 @@ class OccurrenceCounter:
         return self.counts.sum(axis=0)
 
 
-def occurrences(top1, sample, labels, n_classes: int, d_sae: int) -> np.ndarray:
-    """Images of each class that retrieve each feature [n_classes, d_sae]; see `OccurrenceCounter`."""
-    counter = OccurrenceCounter(labels, n_classes, d_sae)
-    counter.add(top1, sample)
-    return counter.counts
-
-
 def clean(counts, max_images: int) -> np.ndarray:
     """Paper A's cleaning: bool [d_sae], False for features that more than ``max_images`` images retrieve."""
     counts = np.asarray(counts)
@@ -327,39 +311,26 @@ def clean(counts, max_images: int) -> np.ndarray:
 # ---------------------------------------------------------------- chosen features
 
 
-def _chosen(features: sp.csr_matrix, wanted) -> tuple[np.ndarray, ...]:
-    """Entries of wanted columns: token, place among the distinct wanted, value; then each wanted's place."""
-    distinct, place = np.unique(np.asarray(wanted, np.int64), return_inverse=True)
-    lookup = np.full(features.shape[1], -1, np.int64)
-    lookup[distinct] = np.arange(len(distinct))
-    column = lookup[features.indices]
-    entry = np.flatnonzero(column >= 0)
-    token = np.searchsorted(features.indptr, entry, side="right") - 1
-    return token, column[entry], features.data[entry], place
-
-
 def max_per_sample(features: sp.csr_matrix, sample, wanted) -> np.ndarray:
     """Largest activation of every wanted feature over each sample's tokens, float32 [samples, len(wanted)].
 
     Rows are the distinct ids of ``sample`` [tokens], ascending.
     """
     ids, rows = np.unique(np.asarray(sample), return_inverse=True)
-    token, column, value, place = _chosen(features, wanted)
-    out = np.zeros((len(ids), place.max(initial=-1) + 1), np.float32)
-    np.maximum.at(out, (rows[token], column), value)
-    return out[:, place]
+    chosen = features[:, np.asarray(wanted, np.int64)].tocoo()
+    out = np.zeros((len(ids), len(wanted)), np.float32)
+    np.maximum.at(out, (rows[chosen.row], chosen.col), chosen.data)
+    return out
 
 
 def share_on_object(features: sp.csr_matrix, sample, patch, object_patch_mask, wanted) -> Share:
     """How much of each feature of ``wanted`` falls on the object's patches; sums of chunks add up.
 
-    ``patch`` [tokens]: patch index, -1 for tokens that show none (left out of both sums).
-    ``object_patch_mask`` [samples, patches]: row = sample id; bool, or the covered fraction of each patch.
+    ``patch`` [tokens]: patch index, -1 for tokens that show none (left out of both sums). ``object_patch_mask``
+    [samples, patches]: row = sample id; bool, or the covered fraction of each patch.
     """
-    patch, sample = np.asarray(patch), np.asarray(sample)
-    cover = np.asarray(object_patch_mask)[sample, np.maximum(patch, 0)] * (patch >= 0)
-    token, column, value, place = _chosen(features, wanted)
-    width = place.max(initial=-1) + 1
-    on_object = np.bincount(column, weights=value * cover[token].astype(np.float64), minlength=width)
-    total = np.bincount(column, weights=value * (patch[token] >= 0), minlength=width)
-    return Share(on_object[place], total[place])
+    patch = np.asarray(patch)
+    shown = (patch >= 0).astype(np.float64)
+    cover = np.asarray(object_patch_mask)[np.asarray(sample), np.maximum(patch, 0)] * shown
+    of_feature = features[:, np.asarray(wanted, np.int64)].T
+    return Share(of_feature @ cover, of_feature @ shown)
