@@ -93,17 +93,10 @@ def markdown(text, attachments=None):
 
 def plotly_figure(figure):
     """A plotly MIME bundle as a placeholder with its JSON; the page's script draws it."""
-
-    def text(item):
-        # plotly reads a few tags in its labels; every other "<" is meant as the character
-        if isinstance(item, dict):
-            return {key: text(value) for key, value in item.items()}
-        if isinstance(item, list):
-            return [text(value) for value in item]
-        return re.sub(r"<(?!/?(?:b|i|br|em|strong|sub|sup|s|u)\s*/?>)", "&lt;", item) if isinstance(item, str) else item
-
-    data = json.dumps({"data": text(figure["data"]), "layout": text(figure.get("layout", {}))}).replace("<", "\\u003c")
-    return f'<div class="plotly-figure"><script type="application/json">{data}</script></div>'
+    text = json.dumps({"data": figure["data"], "layout": figure.get("layout", {})})
+    # plotly reads a few tags in its labels; every other "<" is meant as the character
+    text = re.sub(r"<(?!/?(?:b|i|br|em|strong|sub|sup|s|u)\s*/?>)", "&lt;", text).replace("<", "\\u003c")
+    return f'<div class="plotly-figure"><script type="application/json">{text}</script></div>'
 
 
 class _Exporter(HTMLExporter):
