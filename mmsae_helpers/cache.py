@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mmsae_helpers import data
 from mmsae_helpers.activations import TokenBatch, stream
@@ -155,7 +155,9 @@ class Tokens:
         if self.shards is None:
             return iter(self.make(0, self.n_samples, self.layers))
         n_shards = -(-self.n_samples // self.shards.shard_samples)
-        return iter(tqdm(self.shards.tokens(self.make, self.n_samples), "activations", n_shards, leave=False))
+        shown = not self.shards.folder.is_dir() and not getattr(tqdm, "_instances", ())  # nested bars scroll in notebooks
+        shards = self.shards.tokens(self.make, self.n_samples)
+        return iter(tqdm(shards, "activations", n_shards, mininterval=1, disable=not shown))
 
 
 def of_images(

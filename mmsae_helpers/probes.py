@@ -171,7 +171,7 @@ def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, progress
 
     Columns: name (the key in `features`), train_parts, test_parts, seed, macro_f1, alpha.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     split = {(part, seed): splits(y, *part, seed) for part in parts for seed in seeds}
     tasks = [(name, part, seed) for name in features for part, seed in split]
@@ -182,5 +182,5 @@ def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, progress
         return (name, *part, seed, result.macro_f1, result.alpha)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        rows = list(tqdm(pool.map(run, tasks), "probes", len(tasks), disable=not progress))
+        rows = list(tqdm(pool.map(run, tasks), "probes", len(tasks), mininterval=1, disable=not progress))
     return pd.DataFrame(rows, columns=["name", "train_parts", "test_parts", "seed", "macro_f1", "alpha"])
