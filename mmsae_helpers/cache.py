@@ -155,7 +155,8 @@ class Tokens:
         if self.shards is None:
             return iter(self.make(0, self.n_samples, self.layers))
         n_shards = -(-self.n_samples // self.shards.shard_samples)
-        shown = not self.shards.folder.is_dir() and not getattr(tqdm, "_instances", ())  # nested bars scroll in notebooks
+        # nested bars scroll in notebooks
+        shown = not self.shards.folder.is_dir() and not getattr(tqdm, "_instances", ())
         shards = self.shards.tokens(self.make, self.n_samples)
         return iter(tqdm(shards, "activations", n_shards, mininterval=1, disable=not shown))
 

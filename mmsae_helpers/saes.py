@@ -145,7 +145,8 @@ def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progr
     trainers = [_Trainer(job, d_in, [b[job.layer] for b in head], device) for job in jobs.values()]
     n_done = 0
     with crew(device) as each:
-        for batch in tqdm(islice(chain(head, stream), steps), "training SAEs", steps, mininterval=1, disable=not progress):
+        taken = islice(chain(head, stream), steps)
+        for batch in tqdm(taken, "training SAEs", steps, mininterval=1, disable=not progress):
             on_device = {layer: batch[layer].to(device, torch.float32) for layer in layers}
             each(lambda trainer, x=on_device: trainer.step(x[trainer.job.layer]), trainers)
             n_done += 1
