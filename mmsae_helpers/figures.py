@@ -69,11 +69,11 @@ def errorbars(ax, x, intervals, i=0, label=None, line=True):
     return ax.errorbar(x, values, yerr=errors, label=label, **drawn)
 
 
-def bars(ax, labels, intervals):
-    """Horizontal bars with intervals, first label on top, each value written at its bar."""
+def bars(ax, labels, intervals, color=PALETTE[0]):
+    """Horizontal bars with intervals, first label on top, each value written at its bar; one color, or one a bar."""
     y = np.arange(len(labels))[::-1]
     values, errors = _ends(intervals)
-    ax.barh(y, values, xerr=errors, color=PALETTE[0], height=0.65, error_kw={"ecolor": "#444444"})
+    ax.barh(y, values, xerr=errors, color=color, height=0.65, error_kw={"ecolor": "#444444"})
     ax.set_yticks(y, labels)
     ax.grid(axis="y", visible=False)
     for at, value, hi in zip(y, values, values + errors[1], strict=True):
