@@ -101,18 +101,13 @@ class Adapter:
 
     @torch.no_grad()
     def answer(self, inputs: dict[str, Tensor], max_new_tokens: int = 16) -> list[str]:
-        """Greedy answers to a batch of prompts, special tokens removed. Every row is decoded at its own length."""
-        lengths = inputs["attention_mask"].sum(1)
-        out: list[str] = [""] * len(lengths)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero().flatten()
-            cut = {k: inputs[k][:, :length] for k in ("input_ids", "attention_mask")}
-            part = {k: v[rows] for k, v in (inputs | cut).items()}
-            tokens = self.model.generate(**self._arguments(part), do_sample=False, max_new_tokens=max_new_tokens)
-            texts = self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
-            for row, text in zip(rows.tolist(), texts, strict=True):
-                out[row] = text.strip()
-        return out
+        """Greedy answers to a batch of prompts, special tokens removed; prompts are padded left for it."""
+        mask = inputs["attention_mask"]
+        length = mask.shape[1]
+        order = (torch.arange(length, device=mask.device) - (length - mask.sum(1))[:, None]) % length
+        left = {k: inputs[k].gather(1, order) for k in ("input_ids", "attention_mask")}
+        tokens = self.model.generate(**self._arguments(inputs | left), do_sample=False, max_new_tokens=max_new_tokens)
+        return [t.strip() for t in self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)]
 
     def image_mask(self, input_ids: Tensor) -> Tensor:
         """Which positions are image tokens, bool [B, T]."""
@@ -190,6 +185,17 @@ class CaptionerAdapter(Adapter):
         inputs = super().encode([self._start + text for text in texts])
         pixels = self.processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
         return inputs | {"pixel_values": pixels.to(self.device, self.model.dtype)}
+
+    def answer(self, inputs, max_new_tokens=16):
+        """As `Adapter.answer`, prompts of one length at a time: generation here counts positions through padding."""
+        lengths = inputs["attention_mask"].sum(1)
+        out = [""] * len(lengths)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().flatten()
+            part = {k: v[rows] if k == "pixel_values" else v[rows, :length] for k, v in inputs.items()}
+            for row, text in zip(rows.tolist(), super().answer(part, max_new_tokens), strict=True):
+                out[row] = text
+        return out
 
     def _arguments(self, inputs):
         return {k if k == "pixel_values" else f"decoder_{k}": v for k, v in inputs.items()}
