@@ -23,9 +23,12 @@ def style():
     JupyterLab and by the report, and fetch nothing from a network.
     """
     import matplotlib
+    import pandas as pd
     import plotly.graph_objects as go
     import plotly.io as pio
     from cycler import cycler
+
+    pd.set_option("display.max_colwidth", None)
 
     matplotlib.rcParams.update(
         {
