@@ -162,6 +162,7 @@ class CaptionerAdapter(Adapter):
         if vision.model_type in ("vit", "deit"):
             self.patch_grid = (vision.image_size // vision.patch_size,) * 2
         options = model.generation_config
+        options.max_length = None  # answers give their own limit; transformers warns of two at every call
         if options.pad_token_id is None:
             options.pad_token_id = tokenizer.pad_token_id
         known = (getattr(c, "decoder_start_token_id", None) for c in (options, model.config))

@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from mmsae_helpers.errors import InputError
 
 RELATIVE_ALPHAS = (30.0, 10.0, 3.0, 1.0, 0.1, 0.01)  # times n_train: a standardised feature's squared norm
+SHRINKAGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # added to the covariance of standardised features
 
 
 class Prediction(NamedTuple):
@@ -90,12 +91,14 @@ def predict(
     """Fit a linear classifier on rows train_idx of X [n, d] (dense or csr), class ids y; apply to test_idx.
 
     classifier: "ridge", one-against-all on targets -1 and 1 (scikit-learn's RidgeClassifier, closed form), or
-        "logistic" (scikit-learn's, C = 1 / alpha; slow).
+        "lda", discriminant analysis (scikit-learn's with shrinkage), alpha on the diagonal of the covariance, or
+        "logistic" (scikit-learn's, C = 1 / alpha): up to ten times slower.
     standardise: mean 0, variance 1 by the training rows, or by "all" rows as paper A's code (METHODS A.3 c).
-    alpha: the penalty; "auto" takes, for ridge, the one of RELATIVE_ALPHAS x n_train that is most accurate on
-        every fifth training row when fitted on the others, and 1 for logistic.
+    alpha: the penalty; "auto" takes the one of RELATIVE_ALPHAS x n_train (ridge) or SHRINKAGES (lda) that is most
+        accurate on every fifth training row when fitted on the others, and 1 for logistic.
     """
-    if classifier not in ("ridge", "logistic") or standardise not in ("train", "all"):
+    fits = {"ridge": _ridge, "lda": _lda, "logistic": _logistic}
+    if classifier not in fits or standardise not in ("train", "all"):
         raise InputError(f"probe: no classifier {classifier!r} with standardise {standardise!r}")
     X = X.tocsr() if sp.issparse(X) else np.asarray(X)
     y = np.asarray(y)
@@ -103,13 +106,14 @@ def predict(
         train = X[train_idx]
         train = (train.toarray() if sp.issparse(train) else train).astype(np.float32)
         mean, deviation = _moments(X if standardise == "all" else train)
-        train -= mean
-        train /= deviation
+        varies = np.ptp(train, axis=0) > 0  # a feature that does not vary in training gets no weight
+        used = np.flatnonzero(varies) if varies.any() else np.arange(len(varies))
+        train = (train[:, used] - mean[used]) / deviation[used]
         classes, target = np.unique(y[train_idx], return_inverse=True)
-        fit = _ridge if classifier == "ridge" else _logistic
-        weights, bias, alpha = fit(train, target, alpha)
-        weights = (weights / deviation[:, None]).astype(np.float32)
-        scores = X[test_idx] @ weights + (bias - mean @ weights)
+        fitted, bias, alpha = fits[classifier](train, target, alpha)
+        weights = np.zeros((len(mean), fitted.shape[1]), np.float32)
+        weights[used] = fitted / deviation[used, None]
+        scores = X[test_idx] @ weights + (bias - mean @ weights).astype(np.float32)
     return Prediction(classes[scores.argmax(1)], y[test_idx], alpha)
 
 
@@ -127,8 +131,7 @@ def _ridge(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.nd
     Y = np.where(target[:, None] == np.arange(target.max() + 1), 1.0, -1.0).astype(np.float32)
     base = Y.mean(0)
     Y = Y - base
-    held = np.zeros(n, dtype=bool)
-    held[np.argsort(target, kind="stable")[::5]] = True
+    held = _every_fifth(target)
     rest, alphas = ~held, [a * n for a in RELATIVE_ALPHAS]
     if n < d:
         kernel = Z @ Z.T
@@ -147,6 +150,38 @@ def _ridge(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.nd
     return weights, base - centre @ weights, float(alpha)
 
 
+def _every_fifth(target: np.ndarray) -> np.ndarray:
+    """Rows on which a penalty is chosen, bool [n]: every fifth within the classes."""
+    held = np.zeros(len(target), dtype=bool)
+    held[np.argsort(target, kind="stable")[::5]] = True
+    return held
+
+
+def _lda(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray, float]:
+    """Gaussian classes with one covariance, alpha added to its diagonal: (W [d, k], bias [k], alpha)."""
+    n_classes, held = target.max() + 1, _every_fifth(target)
+    if alpha == "auto":
+        tries = _discriminants(Z[~held], target[~held], n_classes, SHRINKAGES, np.float32)
+        hits = [np.mean((Z[held] @ weights + bias).argmax(1) == target[held]) for weights, bias in tries]
+        alpha = SHRINKAGES[int(np.argmax(hits))]
+    [(weights, bias)] = _discriminants(Z, target, n_classes, [alpha], np.float64)
+    return weights, bias, float(alpha)
+
+
+def _discriminants(Z: np.ndarray, target: np.ndarray, n_classes: int, alphas, dtype):
+    """(W [d, k], bias [k]) for every alpha, through d x d or n x n equations, whichever are fewer."""
+    n, d = Z.shape
+    count = np.bincount(target, minlength=n_classes).astype(np.float32)
+    one_hot = sp.csr_matrix((np.ones(n, np.float32), (target, np.arange(n))), shape=(n_classes, n))
+    mean = one_hot @ Z / np.maximum(count, 1)[:, None]
+    within = Z - mean[target]
+    small, right = (within @ within.T, within @ mean.T) if n < d else (within.T @ within, mean.T)
+    for alpha in alphas:
+        solved = _solve(small, right, alpha * n, dtype)
+        weights = (mean.T - within.T @ solved) / alpha if n < d else solved * n
+        yield weights, np.log(np.maximum(count, 1e-3) / n) - 0.5 * np.einsum("kd,dk->k", mean, weights)
+
+
 def _solve(gram: np.ndarray, right: np.ndarray, alpha: float, dtype=np.float64) -> np.ndarray:
     """(gram + alpha I)^-1 right, factored in `dtype`; float32 result."""
     gram = gram.astype(dtype)
@@ -159,7 +194,8 @@ def _logistic(Z: np.ndarray, target: np.ndarray, alpha: float | str):
     from sklearn.linear_model import LogisticRegression
 
     alpha = 1.0 if alpha == "auto" else alpha
-    model = LogisticRegression(C=1 / alpha, max_iter=1000).fit(Z, target)
+    # three times the default tolerance: half the time, Macro F1 within .02 of the optimum's
+    model = LogisticRegression(C=1 / alpha, max_iter=1000, tol=3e-4).fit(Z, target)
     weights, bias = model.coef_.T, model.intercept_
     if weights.shape[1] == 1:  # two classes: scikit-learn keeps the second one's scores only
         weights, bias = np.hstack([-weights, weights]), np.r_[-bias, bias]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel, ViTConfig, ViTModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel, ViTConfig, ViTModel
 
 from mmsae_helpers import activations, data, models
 from mmsae_helpers.errors import InputError
@@ -171,7 +171,7 @@ def test_the_shipped_captioner_meets_its_bar():
     adapter = models.load("tinyworld/vit-gpt2", "cpu")
     folder = models.CHECKPOINTS / "vit-gpt2"
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 4e6 and adapter.n_layers == 12
-    options = adapter.model.generation_config
+    options = GenerationConfig.from_pretrained(folder)
     assert (options.decoder_start_token_id, options.eos_token_id, options.pad_token_id) == (1, 2, 0)
     assert options.max_length == captioner.MAX_LENGTH
     dataset = data.load("tinyworld", "validation", 4).dataset
