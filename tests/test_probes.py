@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.metrics import confusion_matrix, f1_score
 from sklearn.pipeline import make_pipeline
@@ -127,3 +128,32 @@ def test_variance_between_classes_by_definition():
         share = probes.between_classes(given_as, y)
         assert np.isnan(share[0]) and share[1] == pytest.approx(1)
         np.testing.assert_allclose(share[2:], (between / (X.var(0) * len(y)))[2:], rtol=1e-4)
+
+
+@pytest.mark.parametrize("d", [12, 400])
+def test_lda_equals_sklearn(d):
+    """Both the d x d and the n x n form; scikit-learn's shrinkage is relative to the covariance's mean variance."""
+    X, y = world(n=300, d=d)
+    train = np.concatenate([np.flatnonzero(y == k)[:20] for k in np.unique(y)])
+    test = np.setdiff1d(np.arange(300), train)
+    Z = StandardScaler().fit_transform(X[train])
+    within = Z - np.stack([Z[y[train] == k].mean(0) for k in y[train]])
+    shrinkage = 0.2
+    alpha = shrinkage / (1 - shrinkage) * within.var(0).mean()
+    reference = make_pipeline(StandardScaler(), LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage))
+    expected = reference.fit(X[train], y[train]).predict(X[test])
+    got = probes.predict(sp.csr_matrix(X), y, train, test, classifier="lda", alpha=alpha)
+    assert np.mean(got.predicted == expected) > 0.99
+    auto = probes.predict(X, y, train, test, classifier="lda")
+    assert auto.alpha in probes.SHRINKAGES and auto.macro_f1 > got.macro_f1 - 0.1
+
+
+def test_features_that_do_not_vary_in_training_do_not_matter():
+    X, y = world(n=200)
+    train, test = probes.splits(y, 1, 1, 0)
+    wide = np.hstack([X, np.zeros((200, 300)), np.ones((200, 5))])
+    wide[test, -1] = 7.0
+    for classifier in ("ridge", "lda", "logistic"):
+        same = [probes.predict(x, y, train, test, classifier=classifier).predicted for x in (X, wide)]
+        assert np.mean(same[0] == same[1]) > 0.99
+    assert len(probes.predict(np.ones((200, 3)), y, train, test).predicted) == len(test)
