@@ -97,23 +97,29 @@ def predict(
     alpha: the penalty; "auto" takes the one of RELATIVE_ALPHAS x n_train (ridge) or SHRINKAGES (lda) that is most
         accurate on every fifth training row when fitted on the others, and 1 for logistic.
     """
+    with threadpool_limits(1):
+        return _predict(X, y, train_idx, test_idx, classifier, standardise, alpha)
+
+
+def _predict(X, y, train_idx, test_idx, classifier="ridge", standardise="train", alpha="auto") -> Prediction:
+    """`predict` with as many threads as there are: `grid` limits them once, as changing that while another
+    thread is inside a BLAS call can hang it."""
     fits = {"ridge": _ridge, "lda": _lda, "logistic": _logistic}
     if classifier not in fits or standardise not in ("train", "all"):
         raise InputError(f"probe: no classifier {classifier!r} with standardise {standardise!r}")
     X = X.tocsr() if sp.issparse(X) else np.asarray(X)
     y = np.asarray(y)
-    with threadpool_limits(1):
-        train = X[train_idx]
-        train = (train.toarray() if sp.issparse(train) else train).astype(np.float32)
-        mean, deviation = _moments(X if standardise == "all" else train)
-        varies = np.ptp(train, axis=0) > 0  # a feature that does not vary in training gets no weight
-        used = np.flatnonzero(varies) if varies.any() else np.arange(len(varies))
-        train = (train[:, used] - mean[used]) / deviation[used]
-        classes, target = np.unique(y[train_idx], return_inverse=True)
-        fitted, bias, alpha = fits[classifier](train, target, alpha)
-        weights = np.zeros((len(mean), fitted.shape[1]), np.float32)
-        weights[used] = fitted / deviation[used, None]
-        scores = X[test_idx] @ weights + (bias - mean @ weights).astype(np.float32)
+    train = X[train_idx]
+    train = (train.toarray() if sp.issparse(train) else train).astype(np.float32)
+    mean, deviation = _moments(X if standardise == "all" else train)
+    varies = np.ptp(train, axis=0) > 0  # a feature that does not vary in training gets no weight
+    used = np.flatnonzero(varies) if varies.any() else np.arange(len(varies))
+    train = (train[:, used] - mean[used]) / deviation[used]
+    classes, target = np.unique(y[train_idx], return_inverse=True)
+    fitted, bias, alpha = fits[classifier](train, target, alpha)
+    weights = np.zeros((len(mean), fitted.shape[1]), np.float32)
+    weights[used] = fitted / deviation[used, None]
+    scores = X[test_idx] @ weights + (bias - mean @ weights).astype(np.float32)
     return Prediction(classes[scores.argmax(1)], y[test_idx], alpha)
 
 
@@ -214,9 +220,9 @@ def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, progress
 
     def run(task):
         name, part, seed = task
-        result = predict(features[name], y, *split[part, seed], **options)
+        result = _predict(features[name], y, *split[part, seed], **options)
         return (name, *part, seed, result.macro_f1, result.alpha)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = list(tqdm(pool.map(run, tasks), "probes", len(tasks), mininterval=1, disable=not progress))
     return pd.DataFrame(rows, columns=["name", "train_parts", "test_parts", "seed", "macro_f1", "alpha"])

@@ -127,7 +127,7 @@ def test_variance_between_classes_by_definition():
     for given_as in (X, sp.csr_matrix(X)):
         share = probes.between_classes(given_as, y)
         assert np.isnan(share[0]) and share[1] == pytest.approx(1)
-        np.testing.assert_allclose(share[2:], (between / (X.var(0) * len(y)))[2:], rtol=1e-4)
+        np.testing.assert_allclose(share[2:], between[2:] / (X.var(0) * len(y))[2:], rtol=1e-4)
 
 
 @pytest.mark.parametrize("d", [12, 400])
