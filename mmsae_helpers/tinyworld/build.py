@@ -130,8 +130,11 @@ def run_stage(name: str, root: Path, scale: float) -> None:
     folder.rename(root / name)
 
 
-def build(root: Path, *, families: list[str] | None = None, scale: float = 1.0, jobs: int = 2) -> None:
-    """Train every stage that ``root`` lacks, ``jobs`` at a time; raises RuntimeError naming a stage that failed."""
+def build(root: Path, *, families: list[str] | None = None, scale: float = 1.0, jobs: int = 2) -> Path:
+    """Train every stage that ``root`` lacks, ``jobs`` at a time; returns ``root``.
+
+    Raises RuntimeError naming a stage that failed.
+    """
     wanted = [n for n, stage in STAGES.items() if not families or stage.family in families]
     for name in wanted:  # grows as it goes: a family may need another's model
         wanted += [need for need in STAGES[name].needs if need not in wanted]
@@ -154,6 +157,7 @@ def build(root: Path, *, families: list[str] | None = None, scale: float = 1.0, 
                     raise RuntimeError(f"stage {name} failed with status {process.returncode}; see {root / name}.log")
                 print(f"{time.strftime('%H:%M:%S')} {name} done", flush=True)
         time.sleep(0.5)
+    return root
 
 
 def install(root: Path) -> None:
