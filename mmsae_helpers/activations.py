@@ -14,7 +14,7 @@ import torch
 
 from mmsae_helpers.errors import InputError
 
-Keep = Literal["image", "text", "all", "after_image"]
+Keep = Literal["image", "text", "all", "after_image", "last"]
 Reading = Literal["corrected", "as_published"]
 PUBLISHED_IMAGE_START = 4  # paper A's code took image tokens as positions 4 to 579 (METHODS A.3 b)
 
@@ -99,7 +99,8 @@ def stream(
     """Residuals of the kept tokens, one TokenBatch per input batch, all layers from one pass.
 
     ``keep``: image tokens, text tokens (special ones such as BOS only with ``keep_special``), all, or per sample the
-    first text token after the image (paper A's "EoI"). Padding is never kept. ``as_published`` takes the block's input,
+    first text token after the image (paper A's "EoI") or the last token (all that paper B's code kept of a caption,
+    METHODS B.1 b). Padding is never kept. ``as_published`` takes the block's input,
     and as image tokens a fixed range of positions from 4 on, whatever they are (METHODS A.3 a, b).
     """
     layers = list(layers)
@@ -155,8 +156,10 @@ def _kept(adapter, inputs, is_image: torch.Tensor, keep: Keep, keep_special: boo
         return real & is_image
     if keep == "all":
         return real
+    order = torch.arange(ids.shape[1], device=ids.device)
+    if keep == "last":
+        return real & (order == torch.where(real, order, -1).amax(dim=1, keepdim=True))
     if keep == "after_image":
-        order = torch.arange(ids.shape[1], device=ids.device)
         last = torch.where(is_image, order, -1).amax(dim=1, keepdim=True)
         return real & (last >= 0) & (order == last + 1)
     text = real & ~is_image

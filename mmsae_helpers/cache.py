@@ -162,16 +162,34 @@ class Tokens:
 
 
 def of_images(
-    folder, adapter, images, layers, *, batch_size, question="", keep="image", reading="corrected", start=0, stop=None
+    folder,
+    adapter,
+    images,
+    layers,
+    *,
+    batch_size,
+    question="",
+    texts=None,
+    keep="image",
+    reading="corrected",
+    start=0,
+    stop=None,
 ) -> Tokens:
-    """Tokens of an `data.ImageData` in the chat template with ``question``; ``folder`` None does not store them."""
+    """Tokens of an `data.ImageData` in the chat template with ``question``, or with ``texts``, one an image.
+
+    ``start`` and ``stop`` choose images (and their texts); ``folder`` None does not store the tokens."""
+    texts = None if texts is None else list(texts)[start:stop]
     dataset = images.dataset.select(range(start, len(images.dataset) if stop is None else stop))
 
     def make(a, b, layers):
-        batches = data.batches(adapter, dataset, batch_size, question=question, start=a, stop=b)
+        batches = data.batches(adapter, dataset, batch_size, question=question, texts=texts, start=a, stop=b)
         return stream(adapter, batches, layers, keep, reading)
 
-    about = {"images": images.fingerprint, "rows": [start, start + len(dataset)], "prompt": adapter.prompt(question)}
+    about = {
+        "images": images.fingerprint,
+        "rows": [start, start + len(dataset)],
+        "prompt": adapter.prompt(question) if texts is None else fingerprint(texts),
+    }
     about |= {"model": fingerprint(adapter), "dtype": str(adapter.model.dtype), "keep": keep, "reading": reading}
     return Tokens(make, about, layers, len(dataset), folder)
 

@@ -125,14 +125,22 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
 
 
-def batches(adapter, dataset: Dataset, batch_size: int, *, question="", start=0, stop=None) -> Iterator[Inputs]:
-    """Model inputs for samples ``start`` to ``stop``, the image before ``question`` in the chat template."""
-    prompt = adapter.prompt(question)
+def batches(
+    adapter, dataset: Dataset, batch_size: int, *, question="", texts=None, start=0, stop=None
+) -> Iterator[Inputs]:
+    """Model inputs for samples ``start`` to ``stop``, the image before ``question`` in the chat template.
+
+    ``texts``, one a sample, are forced as they are instead, such as the captions of a captioner.
+    """
+    if texts is None:
+        texts = [adapter.prompt(question)] * len(dataset)
+    elif len(texts) != len(dataset):
+        raise InputError(f"{len(texts)} texts but {len(dataset)} images: give one text an image")
     stop = len(dataset) if stop is None else stop
     for first in range(start, stop, batch_size):
         rows = range(first, min(first + batch_size, stop))
         images = dataset[first : rows.stop]["image"]
-        yield Inputs(torch.tensor(rows), adapter.encode([prompt] * len(images), images))
+        yield Inputs(torch.tensor(rows), adapter.encode(texts[first : rows.stop], images))
 
 
 def text_batches(adapter, texts: list[str], batch_size: int, *, start=0, stop=None, max_tokens=None):

@@ -36,6 +36,8 @@ class TrainingConfig:
     normalize_activations: "expected_average_only_in" scales the input to a mean norm of sqrt(d_in) while training, by
         a factor estimated on the first norm_batches and folded into the weights; or "none".
     b_dec_init: "zeros" (sae-lens), or "mean": of those first batches.
+    loss: "standard" (sae-lens's); or "as_printed" in paper B, mean squared error + l1_coefficient * mean(f), both means
+        over every element, whatever the decoder's norms.
     autocast: multiply in bfloat16 (weights and optimiser stay float32): 3 times faster on CPUs that have it.
     """
 
@@ -55,6 +57,7 @@ class TrainingConfig:
     adam_beta2: float = 0.999
     architecture: str = "standard"
     autocast: bool = False
+    loss: str = "standard"
 
     def __post_init__(self):
         counts = (self.d_sae, self.steps, self.batch_size, self.norm_batches)
@@ -66,6 +69,7 @@ class TrainingConfig:
             "lr, decoder_init_norm: above 0": min(self.lr, self.decoder_init_norm) > 0,
             "l1_coefficient, warm-up and decay steps: not below 0": min(self.l1_coefficient, *spans) >= 0,
             "lr warm-up and decay: together not longer than steps": sum(spans[1:]) <= self.steps,
+            "loss: standard or as_printed": self.loss in ("standard", "as_printed"),
             "architecture: standard": self.architecture == "standard",
             "b_dec_init: zeros or mean": self.b_dec_init in ("zeros", "mean"),
             f"normalize_activations: one of {', '.join(scalings)}": self.normalize_activations in scalings,
@@ -185,7 +189,7 @@ class _Trainer:
         self.n_done = 0
 
     def step(self, x: torch.Tensor) -> None:
-        """mean_tokens( ||x - x^||^2 + l1 sum_j f_j ||W_dec_j|| ), x scaled; one Adam step."""
+        """One Adam step on mean_tokens( ||x - x^||^2 + l1 sum_j f_j ||W_dec_j|| ), x scaled, or the loss as printed."""
         if self.n_done == self.cfg.steps:
             return
         W_enc, b_enc, W_dec, b_dec = self.weights
@@ -197,6 +201,8 @@ class _Trainer:
             x_hat = torch.addmm(b_dec, f, W_dec)
             penalty = f @ W_dec.norm(dim=1)
         loss = ((x_hat.float() - x).square().sum() + self.l1.value * penalty.float().sum()) / len(x)
+        if self.cfg.loss == "as_printed":
+            loss = (x_hat.float() - x).square().mean() + self.l1.value * f.float().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimiser.step()
@@ -227,9 +233,7 @@ def obtain(
 ) -> dict[tuple[int, int], Any]:
     """SAEs by (layer, seed): trained, from a local folder, or from a sae-lens release.
 
-    source "train": those in `folder`/<hash of description, config, d_in>/layer_LL_seed_S are loaded, the others trained
-        on `make(missing layers)` (batches as from `shuffled`) and saved, each whole or not. `training` holds these:
-        folder, description (JSON), config, make, and progress.
+    source "train": as `trained`, whose options are in `training`, with one `config` for all.
     source a folder: sae-lens format, in subfolders `sae_id` or layer_LL_seed_S.
     source a release, e.g. "gemma-2b-res-jb": `SAE.from_pretrained(release, sae_id)`.
     Where there is one SAE a layer whatever the seed, it stands under the first seed: go over the keys.
@@ -238,7 +242,8 @@ def obtain(
     """
     keys = [(layer, seed) for layer in layers for seed in seeds]
     if source == "train":
-        return _trained(keys, d_in, device, **training)
+        config = training.pop("config")
+        return trained({key: Job(*key, config) for key in keys}, d_in=d_in, device=device, **training)
     path = Path(source).expanduser()
     if not path.is_dir():
         if path.is_absolute() or source.startswith((".", "~")):
@@ -288,28 +293,32 @@ def _released(release: str, sae_id: str, d_in: int, device: str):
     return _ready(sae, d_in, f"{release}/{sae_id}")
 
 
-def _trained(keys, d_in, device, *, folder, description, config, make, progress=True):
-    text = json.dumps({"description": description, "config": asdict(config), "d_in": d_in, "format": 1}, sort_keys=True)
-    root = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
-    found = {}
-    for key in keys:
-        place = root / _folder(*key)
+def trained(jobs: Mapping[Hashable, Job], *, folder, description, make, d_in: int, device="cpu", progress=True) -> dict:
+    """SAEs by job: those in `folder` are loaded, the others trained together in one `fit` and saved, each whole or not.
+
+    An SAE's place is `folder`/<hash of description, config, d_in>/layer_LL_seed_S; `make(layers)` gives the batches.
+    """
+    found, places, texts = {}, {}, {}
+    for key, job in jobs.items():
+        about = {"description": description, "config": asdict(job.config), "d_in": d_in, "format": 1}
+        texts[key] = json.dumps(about, sort_keys=True)
+        root = Path(folder) / hashlib.sha256(texts[key].encode()).hexdigest()[:16]
+        place = places[key] = root / _folder(job.layer, job.seed)
         try:
             if place.is_dir():
                 found[key] = load(place, d_in, device)
         except InputError as error:
             warnings.warn(f"{error}: trained again", stacklevel=3)
             shutil.rmtree(place)
-    missing = {key: Job(*key, config) for key in keys if key not in found}
+    missing = {key: job for key, job in jobs.items() if key not in found}
     if missing:
-        stream = make(sorted({layer for layer, _ in missing}))
-        new = fit(stream, missing, d_in=d_in, device=device, progress=progress)
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "description.json").write_text(text)
-        for key, sae in new.items():
-            save(sae, root / _folder(*key))
-        found |= new
-    return {key: found[key] for key in keys}
+        stream = make(sorted({job.layer for job in missing.values()}))
+        for key, sae in fit(stream, missing, d_in=d_in, device=device, progress=progress).items():
+            places[key].parent.mkdir(parents=True, exist_ok=True)
+            (places[key].parent / "description.json").write_text(texts[key])
+            save(sae, places[key])
+            found[key] = sae
+    return {key: found[key] for key in jobs}
 
 
 def save(sae, folder: Path | str) -> None:
