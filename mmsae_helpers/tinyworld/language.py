@@ -40,6 +40,8 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "size": (("how big is it ?", "what size is it ?", "name the size"), "{size}"),
     "ground": (("what is behind it ?", "what is the background ?", "name the background"), "{ground}"),
 }
+CHOICES = ("shape", "color")  # attributes of ten values, for questions that are answered with a number
+CHOICE_WORDS = ("choose", "number", *map(str, range(10)))  # not in `vocabulary`: only newer families know them
 MAX_SENTENCES = 5
 LIST_LENGTHS = (8, 64)
 SEPARATOR = " . "
@@ -112,6 +114,25 @@ def question_answer(scene: Scene, rng: np.random.Generator, kind: str | None = N
     kind = kind or list(QUESTIONS)[rng.integers(len(QUESTIONS))]
     phrasings, answer = QUESTIONS[kind]
     return phrasings[rng.integers(len(phrasings))], answer.format(**scene._asdict())
+
+
+def choice_question(scene: Scene, rng: np.random.Generator, attribute: str, shuffled: bool) -> tuple[str, str]:
+    """A question that lists the ten values of ``attribute``, numbered, and the number that is true of ``scene``.
+
+    In the order of ``ATTRIBUTES``, or ``shuffled`` by ``rng``, so that the list has to be read.
+    """
+    values = ATTRIBUTES[attribute]
+    order = rng.permutation(10) if shuffled else range(10)
+    labels = [values[i] for i in order]
+    listed = " ".join(f"{number} {label}" for number, label in enumerate(labels))
+    return f"choose the number {listed}", str(labels.index(getattr(scene, attribute)))
+
+
+def any_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A question of ``QUESTIONS``, or a quarter of the time one of numbered choices, half of them shuffled."""
+    if rng.integers(4):
+        return question_answer(scene, rng)
+    return choice_question(scene, rng, CHOICES[rng.integers(2)], bool(rng.integers(2)))
 
 
 def documents(count: int, seed: int, word_lists: bool = True) -> list[Document]:

@@ -19,9 +19,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of every text model of the world: words, punctuation and nine special tokens; BOS is added."""
-    vocab = {word: i for i, word in enumerate([*SPECIAL, *vocabulary()])}
+def make_tokenizer(extra: tuple[str, ...] = (), max_length: int = 256) -> PreTrainedTokenizerFast:
+    """The tokenizer of every text model of the world: words, punctuation and nine special tokens; BOS is added.
+
+    ``extra`` words come last, so that the ids of all others are the same in every family.
+    """
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *vocabulary(), *extra])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
@@ -34,5 +37,5 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<image>", "<start_of_turn>", "<end_of_turn>"],
         chat_template=CHAT_TEMPLATE,
         padding_side="right",
-        model_max_length=256,
+        model_max_length=max_length,
     )
