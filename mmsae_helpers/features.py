@@ -130,6 +130,15 @@ def retrieve_top1(features: sp.csr_matrix) -> np.ndarray:
     return np.where(key > 0, _LOW - (key & _LOW), -1)
 
 
+def top_n(features: sp.csr_matrix, n: int) -> sp.csr_matrix:
+    """Csr of the n largest features of every token, largest first (not by column)."""
+    key = _top_keys(features, n, 0, features.shape[0])
+    kept, key = key > 0, key[key > 0]
+    indptr = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
+    columns, values = (_LOW - (key & _LOW)).astype(np.int32), (key >> 32).astype(np.int32).view(np.float32)
+    return sp.csr_matrix((values, columns, indptr), shape=features.shape, copy=False)
+
+
 # ---------------------------------------------------------------- pooling over the tokens of a sample
 
 
