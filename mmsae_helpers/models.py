@@ -4,7 +4,8 @@ Everything else in the package is family-blind. Positions, counts and grid sizes
 config. Shapes: B inputs, T positions (padded right).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -197,6 +198,25 @@ class CaptionerAdapter(Adapter):
             for row, text in zip(rows.tolist(), super().answer(part, max_new_tokens), strict=True):
                 out[row] = text
         return out
+
+    @contextmanager
+    def looking(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+        """While open, every forward fills the dict yielded: layer -> cross-attention of its block over the encoder's
+        patches (class token left out), averaged over heads, [B, T, rows * columns]."""
+        found, decoder, n_patches = {}, self.model.decoder, self.patch_grid[0] * self.patch_grid[1]
+        before = decoder.config._attn_implementation
+        decoder.set_attn_implementation("eager")  # the others do not give their weights
+
+        def keep(layer):
+            return lambda _module, _inputs, out: found.update({layer: out[1].mean(1)[..., -n_patches:]})
+
+        hooks = [self.blocks[layer].crossattention.register_forward_hook(keep(layer)) for layer in layers]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+            decoder.set_attn_implementation(before)
 
     def _arguments(self, inputs):
         return {k if k == "pixel_values" else f"decoder_{k}": v for k, v in inputs.items()}
