@@ -47,11 +47,15 @@ def _resnet(root: Path, folder: Path, scale: float) -> None:
 
 
 def _gemma(root: Path, folder: Path, scale: float, word_lists: bool = True) -> None:
+    from transformers import GemmaForCausalLM
+
     from mmsae_helpers.tinyworld import llava, tokenizer, training
 
-    model, curve = llava.train_gemma(steps=int(2400 * scale), word_lists=word_lists)
+    model, words = GemmaForCausalLM(llava.gemma_config()), tokenizer.make_tokenizer()
+    name = "gemma" if word_lists else "control gemma"
+    curve = llava.train_text(model, words, steps=int(2400 * scale), name=name, word_lists=word_lists)
     training.save(model, folder, curve)
-    tokenizer.make_tokenizer().save_pretrained(folder)
+    words.save_pretrained(folder)
 
 
 def _gemma_it(root: Path, folder: Path, scale: float, word_lists: bool = True) -> None:
@@ -59,10 +63,34 @@ def _gemma_it(root: Path, folder: Path, scale: float, word_lists: bool = True) -
 
     from mmsae_helpers.tinyworld import llava, tokenizer, training
 
-    base = GemmaForCausalLM.from_pretrained(root / _named("gemma", word_lists), dtype="float32")
-    model, curve = llava.train_instruct(base, steps=int(1000 * scale), word_lists=word_lists)
+    model = GemmaForCausalLM.from_pretrained(root / _named("gemma", word_lists), dtype="float32")
+    words = tokenizer.make_tokenizer()
+    curve = llava.train_instruct(model, words, steps=int(1000 * scale), name="gemma-it", word_lists=word_lists)
     training.save(model, folder, curve)
-    tokenizer.make_tokenizer().save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+def _mistral(root: Path, folder: Path, scale: float) -> None:
+    from transformers import MistralForCausalLM
+
+    from mmsae_helpers.tinyworld import llava, mistral, training
+
+    model, words = MistralForCausalLM(mistral.mistral_config()), mistral.make_tokenizer()
+    curve = llava.train_text(model, words, steps=int(2000 * scale), name="mistral")
+    training.save(model, folder, curve)
+    words.save_pretrained(folder)
+
+
+def _mistral_it(root: Path, folder: Path, scale: float) -> None:
+    from transformers import MistralForCausalLM
+
+    from mmsae_helpers.tinyworld import language, llava, mistral, training
+
+    model = MistralForCausalLM.from_pretrained(root / "mistral", dtype="float32")
+    words, ask = mistral.make_tokenizer(), language.any_question
+    curve = llava.train_instruct(model, words, steps=int(1600 * scale), name="mistral-it", ask=ask)
+    training.save(model, folder, curve)
+    words.save_pretrained(folder)
 
 
 def _llava(root: Path, folder: Path, scale: float, word_lists: bool = True) -> None:
@@ -113,6 +141,8 @@ STAGES: dict[str, Stage] = {
     "gemma-it-no-lists": Stage(("gemma-no-lists",), _without_lists(_gemma_it), "llava", ships=False),
     "llava-no-lists": Stage(("clip", "gemma-it-no-lists"), _without_lists(_llava), "llava"),
     "resnet": Stage((), _resnet, "llava"),
+    "mistral": Stage((), _mistral, "llava-next"),
+    "mistral-it": Stage(("mistral",), _mistral_it, "llava-next", ships=False),
     "vit-gpt2": Stage(("clip",), _captioner, "captioner"),
 }
 

@@ -12,7 +12,6 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     GemmaConfig,
-    GemmaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -92,10 +91,9 @@ def gemma_config() -> GemmaConfig:
     )  # fmt: skip
 
 
-def train_gemma(*, steps: int, word_lists: bool = True, batch: int = 64) -> tuple[GemmaForCausalLM, list[dict]]:
-    """A text-only Gemma on documents; with ``word_lists=False`` the control that never saw a list of words."""
-    tokenizer, rng = make_tokenizer(), np.random.default_rng(11)
-    model = GemmaForCausalLM(gemma_config())
+def train_text(model, tokenizer, *, steps: int, name: str, word_lists: bool = True, batch: int = 64) -> list[dict]:
+    """Train a text-only causal model on documents; with ``word_lists=False`` the control that never saw such a list."""
+    rng = np.random.default_rng(11)
     draw = _bucketed(
         lambda: tokenizer.encode(language.document(sample_scene(rng), rng, word_lists).text) + [tokenizer.eos_token_id],
         batch, rng,
@@ -105,21 +103,23 @@ def train_gemma(*, steps: int, word_lists: bool = True, batch: int = 64) -> tupl
         ids = pad(next(draw), tokenizer.pad_token_id)
         return _lm_loss(model, ids, ids.masked_fill(ids == tokenizer.pad_token_id, IGNORE))
 
-    return model, fit(model.parameters(), loss, steps=steps, lr=3e-3, name="gemma" if word_lists else "control gemma")
+    return fit(model.parameters(), loss, steps=steps, lr=3e-3, name=name)
 
 
-def train_instruct(base: GemmaForCausalLM, *, steps: int, word_lists: bool = True, batch: int = 64):
-    """The instruction-tuned Gemma: chats of a document and a question; the loss is on the answer alone."""
-    tokenizer, rng = make_tokenizer(), np.random.default_rng(12)
-    model = GemmaForCausalLM(base.config)
-    model.load_state_dict(base.state_dict())
+def train_instruct(
+    model, tokenizer, *, steps: int, name: str, word_lists: bool = True, ask=language.question_answer, batch: int = 64
+) -> list[dict]:
+    """Instruction-tune a text-only model on chats of a document and a question; the loss is on the answer alone.
+
+    ``ask(scene, rng)`` gives a question and its answer.
+    """
+    rng = np.random.default_rng(12)
     _stop_at_end_of_turn(model, tokenizer)
 
     def chat():
         scene = sample_scene(rng)
         text = language.complete_document(scene, rng, word_lists) + " "
-        prompt, answer = chat_ids(tokenizer, text, *language.question_answer(scene, rng))
-        return prompt, answer
+        return chat_ids(tokenizer, text, *ask(scene, rng))
 
     draw = _bucketed(chat, batch, rng)
 
@@ -128,7 +128,7 @@ def train_instruct(base: GemmaForCausalLM, *, steps: int, word_lists: bool = Tru
         ids = pad([p + a for p, a in rows], tokenizer.pad_token_id)
         return _lm_loss(model, ids, pad([[IGNORE] * len(p) + a for p, a in rows], IGNORE))
 
-    return model, fit(model.parameters(), loss, steps=steps, lr=1e-3, name="gemma-it")
+    return fit(model.parameters(), loss, steps=steps, lr=1e-3, name=name)
 
 
 def chat_ids(tokenizer, context: str, question: str, answer: str) -> tuple[list[int], list[int]]:
