@@ -124,6 +124,17 @@ def _captioner(root: Path, folder: Path, scale: float) -> None:
     tokenizer.make_tokenizer().save_pretrained(folder)
 
 
+def _chameleon_tokenizer(root: Path, folder: Path, scale: float) -> None:
+    from transformers import CLIPVisionModel
+
+    from mmsae_helpers.tinyworld import chameleon, dataset, training
+
+    tower = CLIPVisionModel.from_pretrained(root / "clip", dtype="float32").eval()
+    scenes, images, masks = dataset.arrays("train")
+    model, curve = chameleon.train_tokenizer(tower, scenes, images, masks, steps=int(2600 * scale))
+    training.save(model, folder, curve, **chameleon.code_scores(model))
+
+
 def _named(name: str, word_lists: bool) -> str:
     return name if word_lists else f"{name}-no-lists"
 
@@ -144,6 +155,7 @@ STAGES: dict[str, Stage] = {
     "mistral": Stage((), _mistral, "llava-next"),
     "mistral-it": Stage(("mistral",), _mistral_it, "llava-next", ships=False),
     "vit-gpt2": Stage(("clip",), _captioner, "captioner"),
+    "chameleon-tokenizer": Stage(("clip",), _chameleon_tokenizer, "chameleon", ships=False),
 }
 
 
