@@ -100,14 +100,14 @@ def browser():
         browser.close()
 
 
-def visit(browser, path, **context):
+def visit(browser, path, link="", **context):
     """The page opened from disk with the network off, what it requested, and what went to its console."""
     page = browser.new_context(offline=True, **context).new_page()
     requests, complaints = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(path.as_uri())
+    page.goto(path.as_uri() + link)
     page.wait_for_load_state("load")
     page.wait_for_timeout(500)
     return page, [url for url in requests if not url.startswith("data:")], complaints
