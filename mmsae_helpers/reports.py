@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ class Entry(NamedTuple):
     name: str
     source: Path
     has_page: bool
+    has_browser: bool
     status: dict
     result: dict
 
@@ -183,6 +185,15 @@ def render(executed, page, result, status, single=False):
         (page.parent / "plotly.min.js").write_text(_plotly_js(), encoding="utf-8")
 
 
+def place_browser(made, folder, name):
+    """Copy the feature browser in the folder ``made`` to ``folder``, with a link back to the report of ``name``."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(made, folder)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    back = f'<a href="../{html.escape(name)}.html">← the report</a>'
+    (folder / "index.html").write_text(page.replace("<!--back-->", back, 1), encoding="utf-8")
+
+
 def render_index(entries, profile, revision, page):
     """Write the index page: per notebook a thumbnail, status, duration, verdicts, any traceback."""
     from jinja2 import Environment, FileSystemLoader
@@ -197,6 +208,7 @@ def render_index(entries, profile, revision, page):
                 "name": entry.name,
                 "title": _title(shown, entry.name),
                 "page": f"{entry.name}.html" if entry.has_page else "",
+                "browser": f"{entry.name}_browser/index.html" if entry.has_browser else "",
                 "thumbnail": _thumbnail(shown),
                 "status": entry.status.get("status", "not run"),
                 "error": entry.status.get("error", ""),

@@ -5,27 +5,25 @@ Heavy imports stay inside functions: a run with nothing to do takes well under a
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from doit.dependency import DatabaseException, Dependency, JsonDB
-from doit.task import Task
-from doit.tools import config_changed
-
 from . import parameters
 from .errors import InputError
 
 PACKAGE = Path(__file__).resolve().parent
-PRESENTATION = ("runner.py", "reports.py")  # change how a result is shown, never what it is
+PRESENTATION = {"runner.py", "reports.py", "report_template", "__pycache__"}  # how a result is shown, not what it is
 
 
 class Plan(NamedTuple):
-    """Where a run reads and writes, and what it runs."""
+    """Where a run reads and writes."""
 
     root: Path
     profile: str
@@ -47,86 +45,57 @@ class Plan(NamedTuple):
     def executed(self, name):
         return self.reports / self.profile / f"{name}.ipynb"
 
-    def html(self, name):
-        return self.reports / self.profile / f"{name}.html"
+    def made_browser(self, name):
+        return self.result(name).with_name("browser") / "index.html"
+
+    def browser(self, name):
+        return self.reports / self.profile / f"{name}_browser" / "index.html"
 
 
-class Store:
-    """doit's file-hash database, written after every success so that a killed run loses nothing."""
-
-    def __init__(self, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.db = Dependency(JsonDB, str(path))
-        except DatabaseException:  # cut off while being written: everything counts as out of date
-            path.unlink()
-            self.db = Dependency(JsonDB, str(path))
-
-    def fresh(self, task):
-        task.seen = {path: os.stat(path).st_mtime_ns for path in task.file_dep}
-        return self.db.get_status(task, {}).status == "up-to-date"
-
-    def done(self, task):
-        """Remember a success, unless an input changed since `fresh` was asked: it is out of date again."""
-        if all(os.path.exists(path) and os.stat(path).st_mtime_ns == seen for path, seen in task.seen.items()):
-            task.save_extra_values()
-            self.db.save_success(task)
-            self.db.backend.dump()
+def load(path):
+    """Content of a JSON file, empty where there is none or it was cut off while being written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def order(root):
-    """Notebooks in running order: name -> (names it needs, True if it runs without them too).
+    """Notebooks in running order, that of their numbers: name -> (names it needs, True if it runs without them too).
 
-    ``metadata.mmsae.after`` of a notebook lists the notebooks it needs; ``["*"]`` is all others, and then it runs even
-    if one of them failed (the ledger shows what is not there).
+    ``metadata.mmsae.after`` of a notebook lists the earlier notebooks it needs; ``["*"]`` is all of them, and then it
+    runs even if one of them failed (the ledger shows what is not there).
     """
-    names = sorted(path.stem for path in (root / "notebooks").glob("[0-9]*.ipynb"))
-    if not names:
-        raise InputError(f"{root / 'notebooks'}: no notebooks; give the repository's root with --root")
     needs = {}
-    for name in names:
-        metadata = parameters.read_notebook(root / "notebooks" / f"{name}.ipynb")["metadata"]
-        after = metadata.get("mmsae", {}).get("after", [])
-        if missing := set(after) - {*names, "*"}:
-            raise InputError(f"{name}.ipynb: there is no '{min(missing)}'; mend its metadata.mmsae.after")
-        needs[name] = ([n for n in names if n != name], True) if after == ["*"] else (after, False)
-    ordered = {}
-    while waiting := [name for name in needs if name not in ordered]:
-        ready = [name for name in waiting if set(needs[name][0]) <= set(ordered)]
-        if not ready:
-            raise InputError(f"notebooks {', '.join(waiting)} wait for each other; mend metadata.mmsae.after")
-        ordered[ready[0]] = needs[ready[0]]
-    return ordered
+    for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
+        after = parameters.read_notebook(path)["metadata"].get("mmsae", {}).get("after", [])
+        if unknown := set(after) - {*needs, "*"}:
+            raise InputError(f"{path.name}: no earlier notebook '{min(unknown)}'; mend its metadata.mmsae.after")
+        needs[path.stem] = (list(needs), True) if after == ["*"] else (after, False)
+    if not needs:
+        raise InputError(f"{root / 'notebooks'}: no notebooks; give the repository's root with --root")
+    return needs
 
 
 def select(needs, only):
     """Names to run: all, or those whose name starts with a word of ``only``, and what these need."""
-    words = re.split(r"[\s,]+", only.strip()) if only and only.strip() else []
+    words = re.findall(r"[^\s,]+", only) or [""]
     if unknown := [w for w in words if not any(name.startswith(w) for name in needs)]:
-        raise InputError(f"no notebook starts with '{unknown[0]}'; there are {', '.join(sorted(needs))}")
-    wanted = {name for name in needs if not words or any(name.startswith(w) for w in words)}
-    for name in reversed(needs):
-        needed, alone = needs[name]
+        raise InputError(f"no notebook starts with '{unknown[0]}'; there are {', '.join(needs)}")
+    wanted = {name for name in needs if name.startswith(tuple(words))}
+    for name, (needed, alone) in reversed(needs.items()):
         if name in wanted and not alone:
             wanted.update(needed)
     return [name for name in needs if name in wanted]
 
 
-def execution_task(plan, name, needed):
-    """What puts a notebook's results out of date: its cells, parameters, the package, pins, upstream."""
-    cells = parameters.read_notebook(plan.notebook(name))["cells"]
-    sources = [(c["cell_type"], parameters.source(c), c["metadata"].get("tags", [])) for c in cells]
-    package = [p for p in PACKAGE.rglob("*") if p.is_file() and p.name not in PRESENTATION]
-    package = [p for p in package if "__pycache__" not in p.parts and "report_template" not in p.parts]
-    inputs = [plan.params(name), plan.root / "constraints.txt", *map(plan.result, needed), *package]
-    cells_sha = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
-    return _task(name, inputs, [plan.result(name), plan.executed(name)], cells_sha)
-
-
-def _task(name, inputs, targets, config):
-    """A doit task that is out of date when a file or ``config`` changed or a target is gone."""
-    files, targets = ([str(p) for p in paths] for paths in (filter(Path.is_file, inputs), targets))
-    return Task(name, None, file_dep=files, targets=targets, uptodate=[config_changed(config)])
+def digest(files, *more):
+    """SHA-256 over the names and contents of those ``files`` that are there, and over JSON values."""
+    sha = hashlib.sha256(json.dumps(more).encode())
+    for path in filter(Path.is_file, files):
+        with open(path, "rb") as file:
+            sha.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return sha.hexdigest()
 
 
 def run(root=None, profile="tiny", only="", single=False, artifacts=None, reports=None, out=sys.stdout):
@@ -134,6 +103,8 @@ def run(root=None, profile="tiny", only="", single=False, artifacts=None, report
 
     ``only``: first letters of notebook names ("03", "01,02"); what they need runs too if it is out of date. ``single``
     also writes each report as one self-contained file. ``artifacts`` and ``reports`` are in ``root`` by default.
+    A notebook is out of date when its cells, parameters, the results it needs, the package or the pins are not those
+    of its last good run, whose ``digest`` is in its ``run.json``.
     """
     root = Path(root or parameters.repo_root()).resolve()
     folders = [Path(artifacts or root / "artifacts").resolve(), Path(reports or root / "reports").resolve()]
@@ -142,125 +113,99 @@ def run(root=None, profile="tiny", only="", single=False, artifacts=None, report
         known = ", ".join(sorted(p.name for p in (root / "params").iterdir() if p.is_dir()))
         raise InputError(f"PROFILE={profile}: no folder params/{profile}; there are {known}")
     needs = order(root)
-    store = Store(plan.artifacts / profile / ".doit.json")
-    plan.executed("x").parent.mkdir(parents=True, exist_ok=True)
-    begun, ran, bad = time.time(), 0, {}
     chosen = select(needs, only)
+    plan.executed("x").parent.mkdir(parents=True, exist_ok=True)
+    package = digest(p for p in sorted(PACKAGE.rglob("*")) if not PRESENTATION & set(p.relative_to(PACKAGE).parts))
+    begun, ran, bad = time.time(), 0, {}
     for k, name in enumerate(chosen, 1):
         needed, alone = needs[name]
-        blocked = [] if alone else [n for n in needed if n in bad]
-        task = execution_task(plan, name, needed)
-        if blocked:
+        cells = parameters.read_notebook(plan.notebook(name))["cells"]
+        cells = [(c["cell_type"], parameters.source(c), c["metadata"].get("tags", [])) for c in cells]
+        inputs = digest([plan.params(name), root / "constraints.txt", *map(plan.result, needed)], cells, package)
+        status, title = load(plan.status(name)), f"[{k}/{len(chosen)}] {name}"
+        if blocked := [n for n in needed if n in bad and not alone]:
             plan.result(name).unlink(missing_ok=True)  # of a former run: it would be taken for this one's
-            bad[name] = _record(plan, name, "skipped", error=f"needs {', '.join(blocked)}, which did not complete")
-            print(f"[{k}/{len(chosen)}] {name}: skipped, {bad[name]['error']}", file=out, flush=True)
-        elif not store.fresh(task):
+            status = _record(plan, name, "skipped", f"needs {', '.join(blocked)}, which did not complete")
+            print(f"{title}: skipped, {status['error']}", file=out, flush=True)
+        elif status.get("inputs") != inputs or not (plan.result(name).is_file() and plan.executed(name).is_file()):
             ran += 1
-            status = execute(plan, name, f"[{k}/{len(chosen)}] {name}", out)
-            if status["status"] == "ok":
-                store.done(task)
-            else:
-                bad[name] = status
-        _render(plan, store, name, single)
+            status = execute(plan, name, inputs, title, out)
+        if status["status"] != "ok":
+            bad[name] = status
+        _render(plan, name, single)
     index = plan.reports / profile / "index.html"
-    _render_index(plan, store, sorted(needs), index)
+    _render_index(plan, needs, index)
     summary = f"{ran} of {len(chosen)} notebooks run" if ran or bad else f"{len(chosen)} notebooks up to date"
-    print(f"{summary}, {len(bad)} failed, {_clock(time.time() - begun)}. {index}", file=out, flush=True)
+    print(f"{summary}, {len(bad)} failed, {time.time() - begun:.0f} s. {index}", file=out, flush=True)
     for name, status in bad.items():
         print(f"  {name}: {status['status']}: {status['error']}", file=out, flush=True)
     return len(bad)
-
-
-def execute(plan, name, title, out):
-    """Execute one notebook in a fresh kernel of this Python; returns its status, also in ``run.json``."""
-    import papermill
-
-    plan.result(name).unlink(missing_ok=True)
-    plan.executed(name).unlink(missing_ok=True)
-    progress = Progress(title, out)
-    try:
-        cells = parameters.read_notebook(plan.notebook(name))["cells"]
-        values = parameters.load(plan.params(name), plan.notebook(name))
-        profile = (parameters.defaults(plan.notebook(name)) | values).get("profile")
-        if profile != plan.profile:
-            raise InputError(f"{plan.params(name)}: says profile '{profile}'; write 'profile: {plan.profile}'")
-        progress.total = sum(c["cell_type"] == "code" for c in cells) + bool(values)  # papermill adds one
-        notebook = papermill.execute_notebook(
-            plan.notebook(name),
-            plan.executed(name),
-            values,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            cwd=plan.notebook(name).parent,
-            kernel_manager_class=_kernel_manager(plan),
-            coalesce_streams=True,
-            store_widget_state=False,
-            on_cell_start=progress.cell,
-            stderr_file=progress,
-        )
-        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        for i, cell in enumerate(code, 1):
-            if cell.metadata.get("papermill", {}).get("status") != "completed":
-                trace = [line for o in cell.outputs for line in o.get("traceback", [])]
-                raise Stopped(f"code cell {i} of {len(code)} ended the notebook with sys.exit", "\n".join(trace))
-        if not plan.result(name).is_file():
-            raise Stopped("ended without results.json; its last cell must call run.save()")
-    except Exception as error:
-        plan.result(name).unlink(missing_ok=True)
-        status = _record(plan, name, "failed", progress.begun, *_explain(error, progress))
-    else:
-        status = _record(plan, name, "ok", progress.begun)
-    progress.end(status)
-    return status
 
 
 class Stopped(RuntimeError):
     """A notebook that came to no good end without raising: what happened, and where there is one a traceback."""
 
 
-def _explain(error, progress):
+def execute(plan, name, inputs, title, out):
+    """Execute one notebook in a fresh kernel of this Python; returns its status, also in ``run.json``.
+
+    A terminal ``out`` shows cell, elapsed time, and the notebook's own progress bars.
+    """
+    plan.result(name).unlink(missing_ok=True)
+    plan.executed(name).unlink(missing_ok=True)
+    shutil.rmtree(plan.made_browser(name).parent, ignore_errors=True)
+    begun, reached = time.time(), []
+    try:
+        _execute(plan, name, title, out, reached)
+        status = _record(plan, name, "ok", begun=begun, inputs=inputs)
+    except Exception as error:
+        plan.result(name).unlink(missing_ok=True)
+        status = _record(plan, name, "failed", *_explain(error, reached), begun=begun)
+    seconds, error = status["duration_s"], status["error"] and f": {status['error']}"
+    print(f"{title}: {status['status']} in {seconds:.0f} s{error}", file=out, flush=True)
+    return status
+
+
+def _execute(plan, name, title, out, reached):
+    """Run a notebook or raise; ``reached`` is filled with the sources of the code cells that began."""
+    import papermill
+
+    values = parameters.load(plan.params(name), plan.notebook(name))
+    profile = (parameters.defaults(plan.notebook(name)) | values).get("profile")
+    if profile != plan.profile:
+        raise InputError(f"{plan.params(name)}: says profile '{profile}'; write 'profile: {plan.profile}'")
+    bar = {"desc": title, "bar_format": "{desc}: cell {n}/{total}, {elapsed}", "mininterval": 0, "leave": False}
+    notebook = papermill.execute_notebook(
+        plan.notebook(name),
+        plan.executed(name),
+        values,
+        kernel_name="python3",
+        language="python",
+        progress_bar={**bar, "file": out},
+        cwd=plan.notebook(name).parent,
+        kernel_manager_class=_kernel_manager(plan),
+        coalesce_streams=True,
+        store_widget_state=False,
+        on_cell_execute=lambda cell, cell_index: reached.append(cell.source),
+        stderr_file=out if out.isatty() else None,
+    )
+    for i, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
+        if cell.metadata.get("papermill", {}).get("status") != "completed":
+            trace = [line for output in cell.outputs for line in output.get("traceback", [])]
+            raise Stopped(f"code cell {i} ended the notebook with sys.exit", "\n".join(trace))
+    if not plan.result(name).is_file():
+        raise Stopped("ended without results.json; its last cell must call run.save()")
+
+
+def _explain(error, reached):
     """One line and a traceback for the index page and the terminal."""
     if isinstance(error, InputError | Stopped):
         return error.args
     if type(error).__name__ == "DeadKernelError":
-        short = f"the kernel died in code cell {progress.at} of {progress.total} (killed, out of memory, or os._exit)"
-        return short, f"DeadKernelError: {error}\nin the cell\n\n{progress.source}"
+        short = f"the kernel died in code cell {len(reached)} (killed, out of memory, or os._exit)"
+        return short, f"DeadKernelError: {error}\nin the cell\n\n{reached[-1] if reached else ''}"
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return (lines[-1] if lines else repr(error)), str(error)
-
-
-class Progress:
-    """Terminal lines of one notebook: cell, elapsed, and on a terminal the last line of its stderr (tqdm)."""
-
-    def __init__(self, title, out):
-        self.title, self.out, self.begun = title, out, time.time()
-        self.total, self.at, self.source, self.live = 0, 0, "", out.isatty()
-
-    def cell(self, cell, cell_index):
-        if cell.cell_type == "code":
-            self.at, self.source = self.at + 1, cell.source
-            self._show("")
-
-    def write(self, text):
-        if self.live and (tail := [line for line in re.split(r"[\r\n]", text) if line.strip()]):
-            self._show(tail[-1].strip())
-
-    def flush(self):
-        pass
-
-    def _show(self, extra):
-        line = f"{self.title}: cell {self.at}/{self.total}, {_clock(time.time() - self.begun)}"
-        if self.live:
-            width = os.get_terminal_size(self.out.fileno()).columns
-            print(f"\r\x1b[K{f'{line}  {extra}'[: width - 1]}", end="", file=self.out, flush=True)
-        else:
-            print(line, file=self.out, flush=True)
-
-    def end(self, status):
-        line = f"{self.title}: {status['status']} in {_clock(time.time() - self.begun)}"
-        error = f": {status['error']}" if status["error"] else ""
-        print(("\r\x1b[K" if self.live else "") + line + error, file=self.out, flush=True)
 
 
 def _kernel_manager(plan):
@@ -280,64 +225,59 @@ def _kernel_manager(plan):
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = property(lambda self: spec)
-        transport = "tcp" if os.name == "nt" else "ipc"  # sockets only this user can read
+        transport = "ipc"  # sockets only this user can read
 
     return ThisPython
 
 
-def _record(plan, name, status, started=None, error="", trace=""):
+def _record(plan, name, status, error="", trace="", begun=None, inputs=None):
     """Write and return the outcome of a notebook."""
-    now = time.time()
-    content = {"status": status, "started": started or now, "duration_s": round(now - (started or now), 1)}
-    content |= {"error": error, "traceback": trace}
-    path = plan.status(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    seconds = round(time.time() - begun, 1) if begun else 0.0
+    content = {"status": status, "duration_s": seconds, "error": error, "traceback": trace, "inputs": inputs}
+    plan.status(name).parent.mkdir(parents=True, exist_ok=True)
+    plan.status(name).write_text(json.dumps(content, indent=1), encoding="utf-8")
     return content
 
 
-def _render(plan, store, name, single):
-    """Render a notebook's report if it is older than what it shows."""
+def _render(plan, name, single):
+    """Render a notebook's report, and copy the feature browser it may have written, where older than what it shows."""
+    if not (plan.made_browser(name).is_file() and plan.result(name).is_file()):
+        shutil.rmtree(plan.browser(name).parent, ignore_errors=True)
+    elif _older(plan.browser(name), [plan.made_browser(name)]):
+        from . import reports
+
+        reports.place_browser(plan.made_browser(name).parent, plan.browser(name).parent, name)
     source = plan.executed(name)
     if not source.is_file():
-        plan.html(name).unlink(missing_ok=True)
+        source.with_suffix(".html").unlink(missing_ok=True)
         return
     for whole in (False, True)[: 1 + single]:
-        page = plan.html(name).with_suffix(".single.html" if whole else ".html")
-        task = _page_task([source, plan.status(name), plan.result(name)], page)
-        if not store.fresh(task):
+        page = source.with_suffix(".single.html" if whole else ".html")
+        if _older(page, [source, plan.status(name), plan.result(name)]):
             from . import reports
 
-            reports.render(source, page, _load(plan.result(name)), _load(plan.status(name)), single=whole)
-            store.done(task)
+            reports.render(source, page, load(plan.result(name)), load(plan.status(name)), single=whole)
 
 
-def _render_index(plan, store, names, page):
-    inputs = [p(name) for name in names for p in (plan.status, plan.result, plan.html)]
-    task = _page_task(inputs, page, names)
-    if not store.fresh(task):
+def _render_index(plan, names, page):
+    shown = {name: plan.executed(name).with_suffix(".html") for name in names}
+    inputs = [[plan.status(name), plan.result(name), shown[name], plan.browser(name)] for name in names]
+    if _older(page, [plan.root / "notebooks", *sum(inputs, [])]):
         from . import reports, results
 
         entries = []
         for name in names:
             source = plan.executed(name) if plan.executed(name).is_file() else plan.notebook(name)
-            has_page = plan.html(name).is_file()
-            entries.append(reports.Entry(name, source, has_page, _load(plan.status(name)), _load(plan.result(name))))
+            there = shown[name].is_file(), plan.browser(name).is_file()
+            entries.append(reports.Entry(name, source, *there, load(plan.status(name)), load(plan.result(name))))
         reports.render_index(entries, plan.profile, results.revision(plan.root), page)
-        store.done(task)
 
 
-def _page_task(inputs, page, names=()):
+def _older(page, inputs):
+    """Whether ``page`` is missing or older than one of ``inputs`` or the code that renders it."""
     inputs = [*inputs, PACKAGE / "reports.py", *(PACKAGE / "report_template").iterdir()]
-    return _task(page.name, inputs, [page], " ".join(names))
-
-
-def _load(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    newest = max(path.stat().st_mtime_ns for path in inputs if path.exists())
+    return not page.is_file() or page.stat().st_mtime_ns < newest
 
 
 def main(argv=None):
@@ -347,9 +287,8 @@ def main(argv=None):
     parser.add_argument("--profile", default="tiny", help="folder of params/ (default: tiny)")
     parser.add_argument("--only", default="", help="first letters of notebook names, as in 03 or 01,02")
     parser.add_argument("--single", action="store_true", help="also write each report as one self-contained HTML file")
-    args = parser.parse_args(argv)
     try:
-        return 1 if run(**vars(args)) else 0
+        return 1 if run(**vars(parser.parse_args(argv))) else 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

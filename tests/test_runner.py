@@ -86,8 +86,8 @@ def test_failures_do_not_stop_the_rest(tmp_path, capsys):
     errors = {
         "01_raises": "ValueError: boom",
         "02_needs_it": "needs 01_raises, which did not complete",
-        "03_exits": "code cell 4 of 5 ended the notebook with sys.exit",
-        "04_dies": "the kernel died in code cell 4 of 5",
+        "03_exits": "code cell 4 ended the notebook with sys.exit",
+        "04_dies": "the kernel died in code cell 4 (",
         "05_unknown": "unknown parameter 'learning_rate'",
         "06_text": "lr is the text '1e-4'",
     }
@@ -122,13 +122,12 @@ def test_wrong_arguments_are_one_line(chain, capsys):
     assert "write 'profile: tiny'" in status(chain, "00_alone")["error"]
 
 
-def test_circle_and_unknown_dependency(tmp_path):
-    throwaway.write(tmp_path, "01_a", after=["02_b"])
-    with pytest.raises(InputError, match="there is no '02_b'"):
-        runner.order(tmp_path)
-    throwaway.write(tmp_path, "02_b", after=["01_a"])
-    with pytest.raises(InputError, match="wait for each other"):
-        runner.order(tmp_path)
+def test_only_an_earlier_notebook_can_be_needed(tmp_path):
+    for wanted in ("00_none", "02_b"):
+        throwaway.write(tmp_path, "01_a", after=[wanted])
+        throwaway.write(tmp_path, "02_b")
+        with pytest.raises(InputError, match=f"01_a.ipynb: no earlier notebook '{wanted}'"):
+            runner.order(tmp_path)
 
 
 def test_kernel_is_this_interpreter_and_folders_are_given(tmp_path):
@@ -144,3 +143,24 @@ def test_input_changed_during_the_run_stays_out_of_date(tmp_path):
     throwaway.write(tmp_path, "01_a", [late])
     assert ran(go(tmp_path)[1]) == ["01_a"]
     assert ran(go(tmp_path)[1]) == ["01_a"]
+
+
+def test_a_feature_browser_follows_its_notebook(tmp_path):
+    write = "(run.folder / 'browser').mkdir()\n(run.folder / 'browser/index.html').write_text('<!--back-->{}')"
+    throwaway.write(tmp_path, "03_sae", [write.format("one")])
+    page, index = tmp_path / "reports/tiny/03_sae_browser/index.html", tmp_path / "reports/tiny/index.html"
+    go(tmp_path)
+    assert page.read_text() == '<a href="../03_sae.html">← the report</a>one'
+    assert 'href="03_sae_browser/index.html"' in index.read_text()
+    before = page.stat().st_mtime_ns
+    go(tmp_path)
+    assert page.stat().st_mtime_ns == before
+    page.unlink()
+    _, log = go(tmp_path)
+    assert ran(log) == [] and page.is_file()
+    throwaway.write(tmp_path, "03_sae", [write.format("two")])
+    go(tmp_path)
+    assert page.read_text().endswith("two")
+    throwaway.write(tmp_path, "03_sae", ["print('no browser any more')"])
+    assert go(tmp_path)[0] == 0
+    assert not page.parent.exists() and "03_sae_browser" not in index.read_text()
