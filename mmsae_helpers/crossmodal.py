@@ -150,12 +150,12 @@ def sample_scores(features: sp.csr_matrix, sample, is_image, weights, delta: flo
     _check_width(features, len(weights))
     ids, rows = np.unique(np.asarray(sample), return_inverse=True)
     on_text, on_image, active = active_features(features, rows, len(ids), is_image, delta)
-    row, feature = (on_text & on_image).nonzero()
+    on_both = on_text & on_image
     n, n_image = np.bincount(rows, minlength=len(ids)), np.bincount(rows[is_image], minlength=len(ids))
     scores = {
-        "cosine": np.bincount(row, weights=weights[feature], minlength=len(ids)),
+        "cosine": on_both @ weights,
         "l0": active / n,
-        "cooccurrence": np.bincount(row, minlength=len(ids)),
+        "cooccurrence": np.count_nonzero(on_both, axis=1),
         "n_text": n - n_image,
         "n_image": n_image,
     }
@@ -172,14 +172,16 @@ def active_features(features: sp.csr_matrix, rows, n_samples: int, is_image, del
     kind = np.asarray(is_image, np.int64) * n_samples + rows
     runs = np.flatnonzero(np.diff(kind, prepend=-1))  # few: tokens of a sample and modality come together
     ends = features.indptr[np.append(runs, len(kind))].tolist()
-    active = features.data > delta
-    columns = np.where(active, features.indices, d)  # the column too many is for what is not active
+    outside = np.int64(d)  # the column too many, for what is not active
     for k, lo, hi in zip(kind[runs].tolist(), ends[:-1], ends[1:], strict=True):
-        found[k][columns[lo:hi]] = True
-        count[k] += np.count_nonzero(active[lo:hi])
+        active = features.data[lo:hi] > delta
+        found[k][np.where(active, features.indices[lo:hi], outside)] = True
+        count[k] += np.count_nonzero(active)
     return found[:n_samples, :d], found[n_samples:, :d], count[:n_samples] + count[n_samples:]
 
 
 def _check_width(features: sp.csr_matrix, d_sae: int) -> None:
     if features.shape[1] != d_sae:
-        raise InputError(f"features of an SAE of width {features.shape[1]} where {d_sae} is expected: use one SAE for all")
+        raise InputError(
+            f"features of an SAE of width {features.shape[1]} where {d_sae} is expected: use one SAE for all"
+        )
