@@ -5,7 +5,6 @@ Heavy imports stay inside functions: a run with nothing to do takes well under a
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import re

@@ -17,7 +17,7 @@ WORDS = ["red", "blue", "circle", HOSTILE, "", "large"]
 
 
 def material(rows=400):
-    """Arguments of `browser.write`: two layers; every 40th feature is dead, every 10th else rare; modes of images mixed."""
+    """Arguments of `browser.write`: two layers, every 40th feature dead, each 10th else rare, images of mixed modes."""
     rng = np.random.default_rng(0)
     number = np.arange(rows)
     n_images = np.where(number % 40 == 7, 0, np.where(number % 10 == 3, 2, rng.integers(K, N_IMAGES, rows)))
@@ -210,7 +210,10 @@ def test_a_dead_feature_says_so(opened):
 def test_names_roles_and_narrow_screens(opened):
     page = opened()
     shown(page, "1/0")
-    nameless = "[...document.querySelectorAll('input, select, button, a, svg, .thumb')].filter(e => !(e.ariaLabel || e.labels?.length || e.textContent.trim())).length"
+    nameless = (
+        "[...document.querySelectorAll('input, select, button, a, svg, .thumb')]"
+        ".filter(e => !(e.ariaLabel || e.labels?.length || e.textContent.trim())).length"
+    )
     assert page.evaluate(nameless) == 0
     narrow = opened(viewport={"width": 420, "height": 800})
     shown(narrow, "1/0")
