@@ -38,7 +38,7 @@ class CrossModal:
         self.d_sae, self.d_model, self.k, self.reading = d_sae, d_model, k, reading
         # a list of highest tokens for every feature, and modality if they are kept apart
         n_lists, self._width, least = (2 * d_sae, k, delta) if reading == "paper" else (d_sae, PUBLISHED_TOKENS, 0.0)
-        self._value = np.full((n_lists, self._width), least, np.float32)  # descending
+        self._value = np.full((n_lists, self._width), max(least, 0.0), np.float32)  # descending
         self._slot = np.full((n_lists, self._width), -1, np.int32)  # row of the pool, -1: none yet
         self._least = self._value[:, -1].copy()  # what a token must exceed to enter a list
         # reserved whole, touched (and so resident) only as far as it fills: one row is free for every list entry
@@ -141,7 +141,7 @@ def _unit(x):
 def sample_scores(features: sp.csr_matrix, sample, is_image, weights, delta: float = 1.0) -> pd.DataFrame:
     """Scores of whole samples (paper C, Algorithms 1 to 3), one row each, indexed by sample id ascending.
 
-    ``sample`` [N] ids and ``is_image`` [N] of the tokens, ``weights`` [d_sae] from `CrossModal` (nan counts 0). Columns:
+    ``sample`` [N] ids and ``is_image`` [N] of the tokens, ``weights`` [d_sae] from `CrossModal`, nan counts 0. Columns:
     ``cosine``, the sum of the weights of the features active on some text token and some image token; ``l0``, the mean
     over tokens of the number of active features; ``cooccurrence``, the number of features active on both; and the
     tokens ``n_text`` and ``n_image``: without either, cosine and cooccurrence are 0. Frames of batches concatenate.

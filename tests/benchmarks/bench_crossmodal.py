@@ -3,11 +3,11 @@
     python tests/benchmarks/bench_crossmodal.py
 
 64 samples x 640 tokens (576 of an image), d_model 256, d_sae 4,096, about 55 active features a token: what leaves
-`features.encode`. The plain definition collects every token's features in lists, sorts, takes and averages cosines;
-for samples it is
-paper C's Algorithms 2 and 3, one after the other (ours gives both and the cosine score in one pass). Both get the same csr; ours gets it in batches of 16 samples,
-as a stream would give it, and is checked to give the same. Everything is also given as a multiple of the time of the
-encoder's matrix product (one thread). Then peak memory at 1x and 10x the samples. Exit status 1 if a target fails.
+`features.encode`. The plain definition of the weights collects every token's features in lists, sorts, takes and
+averages cosines; for samples it is paper C's Algorithms 2 and 3, one after the other, where ours gives both and the
+cosine score in one pass. Both get the same csr; ours gets it in batches of 16 samples, as a stream would give it, and
+is checked to give the same. Everything is also given as a multiple of the time of the encoder's matrix product (one
+thread). Then peak memory at 1x and 10x the samples. Exit status 1 if a target fails.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import time
 import tracemalloc
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-for library in ("OMP", "OPENBLAS", "MKL"):
-    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import scipy.sparse as sp
