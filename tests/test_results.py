@@ -47,9 +47,6 @@ def test_bootstrap_is_seeded_and_covers_the_estimate():
         ((-0.3, -0.1), "greater", 0, "contradicted"),
         ((-0.3, -0.1), "less", 0, "replicated"),
         ((-0.02, 0.3), "greater", -0.05, "replicated"),
-        ((-0.02, 0.03), "within", 0.05, "replicated"),
-        ((-0.02, 0.08), "within", 0.05, "inconclusive"),
-        ((0.06, 0.08), "within", 0.05, "contradicted"),
         (None, "greater", 0, "inconclusive"),
         ((float("nan"), 1), "greater", 0, "inconclusive"),
     ],
@@ -104,14 +101,6 @@ def test_ledger_has_every_claim_and_says_not_run(root):
     assert set(ledger["verdict"][1:]) == {"not run"}
     text = results.to_markdown(ledger)
     assert "a \\| &lt;script&gt;" in text and len(text.splitlines()) == len(ledger) + 2
-
-
-def test_ledger_names_a_broken_file(root):
-    folder = root / "artifacts/tiny/01_x"
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text("{")
-    with pytest.raises(InputError, match="01_x.*not JSON"):
-        results.ledger("tiny")
 
 
 def test_claims_are_those_of_the_papers():
