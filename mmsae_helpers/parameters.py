@@ -6,8 +6,8 @@ Papermill only warns of an unknown key, and YAML reads ``1e-4`` as text. Here bo
 import ast
 import difflib
 import json
-import math
 import os
+import re
 from pathlib import Path
 
 from .errors import InputError
@@ -26,20 +26,16 @@ def repo_root():
 
 
 def read_notebook(path):
-    """Notebook as a plain dict; `InputError` if it is not there or not a notebook."""
+    """Notebook as a plain dict; `InputError` if it is not there."""
     try:
-        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
-        notebook["cells"], notebook["metadata"]
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such notebook") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a notebook ({error!r}); restore it from git") from None
-    return notebook
 
 
 def source(cell):
     """Text of a cell, which the format may store as a list of lines."""
-    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+    return "".join(cell["source"])
 
 
 def defaults(notebook_path):
@@ -72,7 +68,8 @@ def check(values, expected, where):
 
 
 def _fit(value, default, where):
-    if isinstance(value, str) and not isinstance(default, str) and _is_number(value):
+    number = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+    if isinstance(value, str) and not isinstance(default, str) and re.fullmatch(number, value, re.I):
         raise InputError(f"{where} is the text '{value}', not a number; YAML reads 1e-4 as text, write 1.0e-4")
     if default is None:
         return value
@@ -81,7 +78,7 @@ def _fit(value, default, where):
     if type(value) is not type(default):
         kinds = type(value).__name__, type(default).__name__
         raise InputError(f"{where} is {value!r} ({kinds[0]}); give a {kinds[1]}, like {default!r}")
-    if isinstance(value, float) and math.isnan(value):
+    if value != value:
         raise InputError(f"{where} is not a number (nan); give one")
     if isinstance(default, list):
         return [_fit(item, _common(default), f"{where}[{i}]") for i, item in enumerate(value)]
@@ -94,42 +91,22 @@ def _fit(value, default, where):
 def _common(items):
     """An item that stands for the type of all, None where they disagree."""
     types = {type(item) for item in items}
-    if types == {int, float}:
-        return 0.0
-    return items[0] if len(types) == 1 else None
-
-
-def _is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return 0.0 if types == {int, float} else items[0] if len(types) == 1 else None
 
 
 def load(params_path, notebook_path):
     """What a parameter file sets, checked against the notebook's parameters cell.
 
-    `InputError` for a missing or malformed file, a key given twice, an unknown key or a wrong type.
+    `InputError` for a missing or malformed file, an unknown key or a wrong type.
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key) for key, _ in node.value]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise InputError(f"{params_path}: '{twice[0]}' is given twice; keep one")
-            return super().construct_mapping(node, deep)
-
     try:
-        values = yaml.load(Path(params_path).read_text(encoding="utf-8"), Loader)
+        values = yaml.safe_load(Path(params_path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise InputError(f"{params_path}: no such parameter file; every notebook has one per profile") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{params_path}:{line} is not YAML ({getattr(error, 'problem', error)})") from None
-    values = {} if values is None else values
+        raise InputError(f"{params_path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise InputError(f"{params_path}: holds a {type(values).__name__}; write 'name: value' lines")
     return check(values, defaults(notebook_path), str(params_path))

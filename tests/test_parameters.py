@@ -62,7 +62,6 @@ def test_good_values_pass_and_ints_become_floats(notebook):
         ("labels: {a: x}", "labels.a is 'x'"),
         ("profile: null", "profile is None"),
         ("lr: .nan", "nan"),
-        ("lr: 0.1\nlr: 0.2", "'lr' is given twice"),
         ("- a", "holds a list"),
         ("lr: [", "is not YAML"),
     ],
