@@ -135,6 +135,13 @@ def any_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return choice_question(scene, rng, CHOICES[rng.integers(2)], bool(rng.integers(2)))
 
 
+def interleaved(scene: Scene, rng: np.random.Generator, image: str = "<image>") -> str:
+    """One to five sentences about ``scene`` with the placeholder of its picture before, between or after them."""
+    parts = document(scene, rng, word_lists=False).text.split(SEPARATOR)
+    parts.insert(int(rng.integers(len(parts) + 1)), image)
+    return SEPARATOR.join(parts)
+
+
 def documents(count: int, seed: int, word_lists: bool = True) -> list[Document]:
     """``count`` documents about as many scenes, deterministic from ``seed``."""
     rng = np.random.default_rng([seed, 7])

@@ -48,12 +48,16 @@ def clip_tower() -> CLIPVisionModel:
     return CLIPVisionModel(config)
 
 
-def train_tower(tower, scenes, images, masks, *, steps: int, lr: float = 2e-3, batch: int = 128) -> list[dict]:
+def train_tower(
+    tower, scenes, images, masks, *, whole=None, steps: int, lr: float = 2e-3, batch: int = 128
+) -> list[dict]:
     """Supervise an image encoder (a class token, then one token a patch) at its patch tokens; returns the curve.
 
     Heads on the mean of the patch tokens name every attribute; heads on each single token name what the patch shows:
     the object's shape, colour and size where at least a quarter of its pixels are the object's, the ground elsewhere.
+    Where ``masks`` is nan there is no picture; ``whole`` bool [N] says which images show a whole scene (all).
     """
+    whole = torch.ones(len(scenes), dtype=torch.bool) if whole is None else torch.from_numpy(whole)
     width = tower.config.hidden_size
     pooled = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in ATTRIBUTES.items()})
     local = nn.ModuleDict({k: nn.Linear(width, len(ATTRIBUTES[k])) for k in ("shape", "color", "size", "ground")})
@@ -67,11 +71,10 @@ def train_tower(tower, scenes, images, masks, *, steps: int, lr: float = 2e-3, b
         with torch.autocast("cpu", torch.bfloat16):
             tokens = tower(pixels(images[i.numpy()])).last_hidden_state[:, 1:]
         tokens = tokens.float()
-        mean = tokens.mean(1)
-        total = sum(entropy(head(mean), truth[k][i]) for k, head in pooled.items())
-        on_object = shown[i] >= 0.25
+        mean = tokens.mean(1)[whole[i]]
+        total = sum(entropy(head(mean), truth[k][i][whole[i]]) for k, head in pooled.items())
         for k, head in local.items():
-            where = on_object if k != "ground" else ~on_object
+            where = shown[i] >= 0.25 if k != "ground" else shown[i] < 0.25
             total = total + 0.5 * entropy(head(tokens[where]), truth[k][i][:, None].expand(-1, GRID**2)[where])
         return total
 
@@ -157,27 +160,44 @@ def train_llava(tower, language_model, scenes, images, *, projector_steps: int, 
     model.tie_weights()
     _stop_at_end_of_turn(model, tokenizer)
     features = image_tokens(tower, images)
-    embedding = model.get_input_embeddings()
 
     def loss(step):
         chosen, rows = rng.integers(len(scenes), size=batch), []
         for i in chosen:
             kind = "describe" if rng.integers(2) else None
             rows.append(chat_ids(tokenizer, "<image> ", *language.question_answer(scenes[i], rng, kind)))
-        rows = [(_expand(p, image_id), a) for p, a in rows]
-        ids = pad([p + a for p, a in rows], tokenizer.pad_token_id)
-        labels = pad([[IGNORE] * len(p) + a for p, a in rows], IGNORE)
         with torch.autocast("cpu", torch.bfloat16):
             projected = model.model.multi_modal_projector(features[torch.from_numpy(chosen)])
-        embeds = embedding(ids).masked_scatter((ids == image_id)[..., None], projected.float())
-        return _lm_loss(model, ids, labels, embeds)
+        return image_text_loss(model, tokenizer, rows, list(projected))
 
+    return model, train_connected(model, loss, loss, projector_steps, joint_steps)
+
+
+def image_text_loss(model, tokenizer, rows, images) -> torch.Tensor:
+    """Loss on the second part of ``rows`` (ids before, ids to predict), where ``images`` stand in for placeholders.
+
+    ``images`` are embeddings [n, d], one for every ``<image>`` of all rows, in order; the loss is on text alone.
+    """
+    image_id, remaining = tokenizer.convert_tokens_to_ids("<image>"), iter(images)
+    rows = [[_expand(part, image_id, remaining) for part in row] for row in rows]
+    ids = pad([p + a for p, a in rows], tokenizer.pad_token_id)
+    labels = pad([[IGNORE] * len(p) + a for p, a in rows], IGNORE)
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter((ids == image_id)[..., None], torch.cat(images).float())
+    return _lm_loss(model, ids, labels.masked_fill(labels == image_id, IGNORE), embeds)
+
+
+def train_connected(model, first, then, projector_steps: int, joint_steps: int) -> list[dict]:
+    """Minimise ``first(step)`` in what connects tower and text, all else frozen; then ``then(step)`` in text too."""
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    curve = fit(model.parameters(), loss, steps=projector_steps, lr=3e-3, name="projector")
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline.requires_grad_(True)
+    curve = fit(model.parameters(), first, steps=projector_steps, lr=3e-3, name="projector")
     model.model.language_model.requires_grad_(True)
-    curve += fit(model.parameters(), loss, steps=joint_steps, lr=5e-4, name="joint")
-    return model.requires_grad_(True).eval(), curve
+    curve += fit(model.parameters(), then, steps=joint_steps, lr=5e-4, name="joint")
+    model.requires_grad_(True).eval()
+    return curve
 
 
 def make_processor() -> LlavaProcessor:
@@ -223,9 +243,8 @@ def _stop_at_end_of_turn(model, tokenizer) -> None:
     config.pad_token_id = tokenizer.pad_token_id
 
 
-def _expand(ids: list[int], image_id: int) -> list[int]:
-    at = ids.index(image_id)
-    return ids[:at] + [image_id] * GRID**2 + ids[at + 1 :]
+def _expand(ids: list[int], image_id: int, images) -> list[int]:
+    return [out for i in ids for out in ([image_id] * len(next(images)) if i == image_id else [i])]
 
 
 def _lm_loss(model, ids, labels, embeds=None):

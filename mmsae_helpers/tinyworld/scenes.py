@@ -66,8 +66,8 @@ def sample_scene(rng: np.random.Generator, fine_label: int | None = None) -> Sce
     return Scene(**chosen)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Render a scene.
+def render(scene: Scene, rng: np.random.Generator, size=(IMAGE_SIZE, IMAGE_SIZE)) -> tuple[np.ndarray, np.ndarray]:
+    """Render a scene on a canvas of ``size`` (height, width); objects keep their size, places spread with the canvas.
 
     Returns the image, uint8 [64, 64, 3], and the object's mask, bool [64, 64] (pixels at least half covered).
     ``rng`` draws the jitter (place +-3 px, radius, colour +-20 of 255) and noise (standard deviation 9 of 255).
@@ -75,19 +75,20 @@ def render(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
     unit = SUPERSAMPLING
     low, high = (8, 10) if scene.size == "small" else (13, 16)
     radius = int(rng.integers(low * unit, high * unit + 1))
+    height, width = size
     place = [
-        (11 + 21 * ATTRIBUTES[axis].index(getattr(scene, axis))) * unit + int(rng.integers(-3 * unit, 3 * unit + 1))
-        for axis in ("horizontal", "vertical")
+        (11 + 21 * ATTRIBUTES[axis].index(getattr(scene, axis))) * unit * edge // IMAGE_SIZE
+        + int(rng.integers(-3 * unit, 3 * unit + 1))
+        for axis, edge in (("horizontal", width), ("vertical", height))
     ]
-    edge = IMAGE_SIZE * unit
-    x, y = (min(max(p, radius), edge - radius) for p in place)
-    coverage = Image.new("L", (edge, edge), 0)
+    x, y = (min(max(p, radius), edge * unit - radius) for p, edge in zip(place, (width, height), strict=True))
+    coverage = Image.new("L", (width * unit, height * unit), 0)
     _draw_shape(ImageDraw.Draw(coverage), scene.shape, x, y, radius)
     alpha = np.asarray(coverage.reduce(unit), dtype=np.int32)[..., None]
     color = np.clip(np.array(_COLOR_RGB[scene.color]) + rng.integers(-20, 21, 3), 0, 255)
     ground = np.array(_GROUND_RGB[scene.ground])
     clean = (color * alpha + ground * (255 - alpha)) // 255
-    noise = rng.integers(-9, 10, (3, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.int8).sum(0, dtype=np.int32)
+    noise = rng.integers(-9, 10, (3, height, width, 3), dtype=np.int8).sum(0, dtype=np.int32)
     return np.clip(clean + noise, 0, 255).astype(np.uint8), alpha[..., 0] >= 128
 
 
