@@ -108,6 +108,32 @@ def _llava(root: Path, folder: Path, scale: float, word_lists: bool = True) -> N
     llava.make_processor().save_pretrained(folder)
 
 
+def _clip_tiles(root: Path, folder: Path, scale: float) -> None:
+    from transformers import CLIPVisionModel
+
+    from mmsae_helpers.tinyworld import llava, llava_next, training
+
+    tower = CLIPVisionModel.from_pretrained(root / "clip", dtype="float32")
+    examples = llava_next.tower_examples({"square": 40, "wide": 20, "tall": 20, "wider": 5, "taller": 5})
+    scenes, images, masks, whole = examples
+    curve = llava.train_tower(tower, scenes, images, masks, whole=whole, steps=int(500 * scale), lr=5e-4)
+    training.save(tower, folder, curve)
+
+
+def _llava_next(root: Path, folder: Path, scale: float) -> None:
+    from transformers import CLIPVisionModel, MistralForCausalLM
+
+    from mmsae_helpers.tinyworld import llava_next, training
+
+    tower = CLIPVisionModel.from_pretrained(root / "clip-tiles", dtype="float32").eval()
+    text = MistralForCausalLM.from_pretrained(root / "mistral-it", dtype="float32")
+    shown = llava_next.pictures(tower, {"square": 80, "wide": 16, "tall": 16, "wider": 6, "taller": 6})
+    model = llava_next.make_model(tower, text)
+    curve = llava_next.train(model, shown, projector_steps=int(300 * scale), joint_steps=int(600 * scale))
+    training.save(model, folder, curve)
+    llava_next.make_processor().save_pretrained(folder)
+
+
 def _captioner(root: Path, folder: Path, scale: float) -> None:
     from transformers import CLIPVisionModel
 
@@ -125,6 +151,7 @@ def _captioner(root: Path, folder: Path, scale: float) -> None:
 
 
 def _chameleon_tokenizer(root: Path, folder: Path, scale: float) -> None:
+    import numpy as np
     from transformers import CLIPVisionModel
 
     from mmsae_helpers.tinyworld import chameleon, dataset, training
@@ -133,6 +160,39 @@ def _chameleon_tokenizer(root: Path, folder: Path, scale: float) -> None:
     scenes, images, masks = dataset.arrays("train")
     model, curve = chameleon.train_tokenizer(tower, scenes, images, masks, steps=int(2600 * scale))
     training.save(model, folder, curve, **chameleon.code_scores(model))
+    np.save(folder / "codes.npy", chameleon.codes(model, images[:20_000]).astype(np.uint16))  # for the next two stages
+
+
+def _chameleon(root: Path, folder: Path, scale: float) -> None:
+    from transformers import ChameleonVQVAE
+
+    from mmsae_helpers.tinyworld import chameleon, training
+
+    image_tokenizer = ChameleonVQVAE.from_pretrained(root / "chameleon-tokenizer", dtype="float32").eval()
+    model, pictures = chameleon.make_model(image_tokenizer), _coded_pictures(root)
+    curve = chameleon.train_language(model, *pictures, steps=int(1600 * scale))
+    training.save(model, folder, curve, **chameleon.code_scores(image_tokenizer))
+    chameleon.make_processor().save_pretrained(folder)
+
+
+def _anole(root: Path, folder: Path, scale: float) -> None:
+    from transformers import ChameleonForConditionalGeneration
+
+    from mmsae_helpers.tinyworld import chameleon, training
+
+    model = ChameleonForConditionalGeneration.from_pretrained(root / "chameleon", dtype="float32")
+    curve = chameleon.train_anole(model, *_coded_pictures(root), steps=int(400 * scale))
+    training.save(model, folder, curve)
+    chameleon.make_processor().save_pretrained(folder)
+
+
+def _coded_pictures(root: Path):
+    import numpy as np
+
+    from mmsae_helpers.tinyworld import dataset
+
+    codes = np.load(root / "chameleon-tokenizer" / "codes.npy").astype(int)
+    return [scene for scene, *_ in dataset.iter_split("train", len(codes) // 100)], codes
 
 
 def _named(name: str, word_lists: bool) -> str:
@@ -154,8 +214,12 @@ STAGES: dict[str, Stage] = {
     "resnet": Stage((), _resnet, "llava"),
     "mistral": Stage((), _mistral, "llava-next"),
     "mistral-it": Stage(("mistral",), _mistral_it, "llava-next", ships=False),
+    "clip-tiles": Stage(("clip",), _clip_tiles, "llava-next", ships=False),
+    "llava-next": Stage(("clip-tiles", "mistral-it"), _llava_next, "llava-next"),
     "vit-gpt2": Stage(("clip",), _captioner, "captioner"),
     "chameleon-tokenizer": Stage(("clip",), _chameleon_tokenizer, "chameleon", ships=False),
+    "chameleon": Stage(("chameleon-tokenizer",), _chameleon, "chameleon"),
+    "anole": Stage(("chameleon-tokenizer", "chameleon"), _anole, "chameleon"),
 }
 
 

@@ -6,6 +6,11 @@ where there is an object, the ground elsewhere, and how much of the patch the ob
 read-outs is the codebook; the encoder learns to put every patch at its read-out, so the nearest code is its word. A
 fixed codebook has no dead codes to revive. Some training images have patches painted black, whose word is that of a
 black ground while the others keep theirs, as they would under a tokenizer of pixels.
+
+The language model starts from nothing on documents of text alone, on sentences with their picture among them, and on
+questions about a picture. As in transformers, it never writes image tokens. Anole is the same model tuned further until
+it does, mostly on descriptions that their picture follows; transformers masks its image logits too, so read them with
+`image_logits`. A chat is Chameleon's own: the picture, the question, the separator, then the answer.
 """
 
 import numpy as np
@@ -13,19 +18,30 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
-from transformers import ChameleonVQVAE, ChameleonVQVAEConfig, CLIPVisionModel
+from transformers import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    ChameleonImageProcessorPil,
+    ChameleonProcessor,
+    ChameleonVQVAE,
+    ChameleonVQVAEConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+)
 
+from mmsae_helpers.tinyworld import language, tokenizer
 from mmsae_helpers.tinyworld.dataset import arrays
-from mmsae_helpers.tinyworld.llava import GRID, PATCH, image_tokens
-from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, IMAGE_SIZE
-from mmsae_helpers.tinyworld.training import fit, pixels
+from mmsae_helpers.tinyworld.llava import GRID, PATCH, _bucketed, image_tokens
+from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, IMAGE_SIZE, sample_scene
+from mmsae_helpers.tinyworld.training import IGNORE, fit, pad, pixels
 
 OBJECT_CODES, GROUND_CODES = 384, 128
 CODES = OBJECT_CODES + GROUND_CODES
 READ = ("shape", "color", "size", "ground")
 WIDTH = sum(len(ATTRIBUTES[name]) for name in READ) + 1
 ON_OBJECT = 0.25  # of a patch's pixels
-BLACK = ATTRIBUTES["ground"].index("black")
+CONTEXT = 256
+IMAGE, BOI, EOI, SEPARATOR = "<image>", "<racm3:break>", "<eoss>", "<reserved08706>"  # names of the 7B's tokenizer
 
 
 def vq_config() -> ChameleonVQVAEConfig:
@@ -119,20 +135,20 @@ def distances(points: Tensor, codebook: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def codes(tokenizer: ChameleonVQVAE, images: np.ndarray, batch: int = 256) -> np.ndarray:
+def codes(image_tokenizer: ChameleonVQVAE, images: np.ndarray, batch: int = 250) -> np.ndarray:
     """Code of every patch, int64 [N, 64]."""
     rows = range(0, len(images), batch)
-    found = [tokenizer.encode(pixels(images[i : i + batch]), return_dict=True).image_tokens for i in rows]
+    found = [image_tokenizer.encode(pixels(images[i : i + batch]).contiguous()).image_tokens for i in rows]
     return torch.cat(found).view(-1, GRID**2).numpy()
 
 
-def code_scores(tokenizer: ChameleonVQVAE, per_class: int = 10) -> dict[str, float]:
+def code_scores(image_tokenizer: ChameleonVQVAE, per_class: int = 10) -> dict[str, float]:
     """On the validation split: codes in use, perplexity of their use, and how well one object patch's code tells.
 
     ``shape of a code`` and so on are the shares of object patches whose value is the commonest one of their code.
     """
     scenes, images, masks = arrays("validation", per_class)
-    found, on = codes(tokenizer, images), patch_cover(masks) >= ON_OBJECT
+    found, on = codes(image_tokenizer, images), patch_cover(masks) >= ON_OBJECT
     share = np.bincount(found.ravel(), minlength=CODES) / found.size
     scores = {"codes": float((share > 0).sum()), "perplexity": float(np.exp(-(share * np.log(share + 1e-12)).sum()))}
     for name in READ:
@@ -142,3 +158,147 @@ def code_scores(tokenizer: ChameleonVQVAE, per_class: int = 10) -> dict[str, flo
         np.add.at(table, (found[where], np.broadcast_to(truth[:, None], where.shape)[where]), 1)
         scores[f"{name} of a code"] = float(table.max(1).sum() / table.sum())
     return scores
+
+
+def code_name(code: int) -> str:
+    """The word of an image code as transformers spells it: digits as letters A to J between IMGIMG and Z."""
+    return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The world's tokenizer with numbered choices, Chameleon's special tokens and a word for every image code."""
+    names = [code_name(code) for code in range(CODES)]
+    words = tokenizer.make_tokenizer((*language.CHOICE_WORDS, BOI, EOI, SEPARATOR, *names), CONTEXT)
+    special = [IMAGE, "<start_of_turn>", "<end_of_turn>", BOI, EOI]
+    words.add_special_tokens({"sep_token": SEPARATOR, "additional_special_tokens": special})
+    words.chat_template = None
+    return words
+
+
+def make_processor() -> ChameleonProcessor:
+    """The processor: 64 x 64 pixels in -1..1, 64 placeholders an image between its start and its end."""
+    images = ChameleonImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        rescale_factor=1 / 127.5,
+    )  # fmt: skip
+    return ChameleonProcessor(images, make_tokenizer(), image_seq_length=GRID**2, image_token=IMAGE)
+
+
+def make_model(image_tokenizer: ChameleonVQVAE) -> ChameleonForConditionalGeneration:
+    """An untrained language model of eight blocks of width 128 around a trained image tokenizer."""
+    words = make_tokenizer()
+    config = ChameleonConfig(
+        vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=1, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        vq_config=image_tokenizer.config.to_dict(), vocabulary_map=words.get_vocab(),
+    )  # fmt: skip
+    model = ChameleonForConditionalGeneration(config)
+    model.model.vqmodel.load_state_dict(image_tokenizer.state_dict())
+    return model
+
+
+def train_language(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 64) -> list[dict]:
+    """Train the language model on mixed documents, the image tokenizer frozen; returns the curve.
+
+    Three documents in ten are text alone, three are sentences with their picture, four a question about one; the loss
+    is on words, and of a chat on the answer alone.
+    """
+    write, rng = _writer(model, scenes, image_codes, 16)
+
+    def draw():
+        kind = rng.random()
+        if kind < 0.3:
+            return write(language.document(sample_scene(rng), rng).text)
+        i = int(rng.integers(len(scenes)))
+        if kind < 0.6:
+            return write(language.interleaved(scenes[i], rng), i)
+        question, answer = language.any_question(scenes[i], rng)
+        return write(f"{IMAGE} {question} {SEPARATOR} {answer}", i, answer_only=True)
+
+    return _train(model, draw, rng, steps=steps, batch=batch, lr=3e-3, name="chameleon", image_loss=False)
+
+
+def train_anole(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 64) -> list[dict]:
+    """Tune a Chameleon to write image tokens too; returns the curve.
+
+    Six documents in ten are a description and then its picture, two have the picture among sentences, two are chats.
+    """
+    write, rng = _writer(model, scenes, image_codes, 17)
+
+    def draw():
+        kind, i = rng.random(), int(rng.integers(len(scenes)))
+        if kind < 0.6:
+            return write(language.question_answer(scenes[i], rng, "describe")[1] + f" . {IMAGE}", i)
+        if kind < 0.8:
+            return write(language.interleaved(scenes[i], rng), i)
+        question, answer = language.any_question(scenes[i], rng)
+        return write(f"{IMAGE} {question} {SEPARATOR} {answer}", i, answer_only=True)
+
+    return _train(model, draw, rng, steps=steps, batch=batch, lr=1e-3, name="anole", image_loss=True)
+
+
+def _writer(model, scenes, image_codes, seed):
+    """A function from a text and its picture's index to (token ids, labels), and a random generator."""
+    words = make_tokenizer()
+    mapping = model.model.vocabulary_mapping.img2bpe
+    as_words = np.vectorize(mapping.get)(image_codes).tolist()
+    image, boi, eoi, separator = words.convert_tokens_to_ids([IMAGE, BOI, EOI, SEPARATOR])
+
+    def write(text, picture=None, answer_only=False):
+        ids = words.encode(text) + [words.eos_token_id]
+        if picture is not None:
+            at = ids.index(image)
+            ids = [*ids[:at], boi, *as_words[picture], eoi, *ids[at + 1 :]]
+        start = ids.index(separator) + 1 if answer_only else 0
+        return ids, [IGNORE] * start + ids[start:]
+
+    return write, np.random.default_rng(seed)
+
+
+def _train(model, draw, rng, *, steps, batch, lr, name, image_loss):
+    words = make_tokenizer()
+    picture = torch.tensor(model.model.vocabulary_mapping.image_tokens)
+    rows = _bucketed(draw, batch, rng)
+
+    def loss(step):
+        drawn = next(rows)
+        ids = pad([row for row, _ in drawn], words.pad_token_id)
+        labels = pad([row for _, row in drawn], IGNORE)[:, 1:]
+        if not image_loss:
+            labels = labels.masked_fill(torch.isin(labels, picture), IGNORE)
+        where = labels != IGNORE
+        with torch.autocast("cpu", torch.bfloat16):
+            # Right padding under a causal mask never reaches a real token, so no attention mask is needed.
+            hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
+            logits = model.lm_head(hidden[where]).float()
+        if not image_loss:
+            logits[:, picture] = torch.finfo(logits.dtype).min
+        return nn.functional.cross_entropy(logits, labels[where])
+
+    model.requires_grad_(True).model.vqmodel.requires_grad_(False)
+    model.generation_config.pad_token_id = words.pad_token_id
+    curve = fit(model.parameters(), loss, steps=steps, lr=lr, name=name)
+    model.requires_grad_(True).eval()
+    return curve
+
+
+@torch.no_grad()
+def image_logits(model, ids: Tensor) -> Tensor:
+    """Logits of the next token over the image codes, [B, T, codes]; transformers' own forward masks them away."""
+    mapping = model.model.vocabulary_mapping
+    order = [mapping.img2bpe[code] for code in range(len(mapping.img2bpe))]
+    return model.lm_head(model.model(ids, use_cache=False).last_hidden_state)[..., order]
+
+
+@torch.no_grad()
+def imagine(model, text: str, seed: int = 0) -> list[int]:
+    """The 64 image codes that follow ``text`` and the start of an image, sampled; for models that write images."""
+    words, generator = make_tokenizer(), torch.Generator().manual_seed(seed)
+    mapping = model.model.vocabulary_mapping
+    ids = words.encode(f"{text} . {BOI}")
+    start = len(ids)
+    for _ in range(GRID**2):
+        logits = image_logits(model, torch.tensor([ids]))[0, -1]
+        ids.append(mapping.img2bpe[int(torch.multinomial(logits.softmax(-1), 1, generator=generator))])
+    return [mapping.bpe2img[token] for token in ids[start:]]
