@@ -147,7 +147,7 @@ def hide(inputs: dict, patch, keep) -> dict:
     """The inputs with the tokens of dropped patches masked from attention: masking at token level.
 
     ``patch`` [B, T] of every position, ``keep`` [B, P] bool. For `Adapter.forward`: the last position stays where it
-    is, so the answer is read from the logits there; `Adapter.answer`, which shifts prompts by their mask, is not for it.
+    is, so the answer is read from its logits; not for `Adapter.answer`, which shifts prompts by their mask.
     """
     patch, keep = torch.as_tensor(patch), torch.as_tensor(keep)
     dropped = (patch >= 0) & ~keep.gather(1, patch.clamp(min=0))
