@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -28,12 +28,11 @@ def world(n=600, d=40, k=6, seed=0):
 def test_ridge_equals_sklearn(d, sparse):
     X, y = world(d=d)
     train, test = probes.splits(y, 3, 7, 0)
-    got = probes.predict(sp.csr_matrix(X) if sparse else X, y, train, test, alpha=5.0)
+    got = probes.predict(sp.csr_matrix(X) if sparse else X, y, train, test, classifier="ridge", alpha=5.0)
     reference = make_pipeline(StandardScaler(), RidgeClassifier(alpha=5.0)).fit(X[train], y[train])
     expected = reference.predict(X[test])
     assert np.mean(got.predicted == expected) > 0.995
     assert got.macro_f1 == pytest.approx(f1_score(y[test], got.predicted, average="macro"))
-    assert np.array_equal(got.confusion(6), confusion_matrix(y[test], got.predicted))
     assert got.macro_f1 > 0.3
 
 
@@ -44,9 +43,9 @@ def test_standardised_before_the_split_as_published():
     scaled = StandardScaler().fit_transform(X)
     expected = RidgeClassifier(alpha=30.0).fit(scaled[train], y[train]).predict(scaled[test])
     for features in (X, sp.csr_matrix(X)):
-        got = probes.predict(features, y, train, test, standardise="all", alpha=30.0).predicted
+        got = probes.predict(features, y, train, test, classifier="ridge", standardise="all", alpha=30.0).predicted
         assert np.mean(got == expected) > 0.995
-    corrected = probes.predict(X, y, train, test, alpha=30.0).predicted
+    corrected = probes.predict(X, y, train, test, classifier="ridge", alpha=30.0).predicted
     assert not np.array_equal(corrected, expected)
 
 
@@ -64,10 +63,10 @@ def test_logistic_equals_sklearn(k):
 def test_auto_alpha_is_from_the_grid_and_good(d):
     X, y = world(d=d)
     train, test = probes.splits(y, 1, 4, 3)
-    auto = probes.predict(X, y, train, test)
+    auto = probes.predict(X, y, train, test, classifier="ridge")
     tried = [a * len(train) for a in probes.RELATIVE_ALPHAS]
     assert auto.alpha in tried
-    assert auto.macro_f1 > max(probes.probe(X, y, train, test, alpha=a) for a in tried) - 0.05
+    assert auto.macro_f1 > max(probes.probe(X, y, train, test, classifier="ridge", alpha=a) for a in tried) - 0.05
 
 
 def test_classes_need_not_be_contiguous_or_all_predicted():
