@@ -26,6 +26,7 @@ class Adapter:
 
     image_token_id: int | None = None
     patch_grid: tuple[int, int] | None = None
+    _processing: dict = {}  # options of the family's processor
 
     def __init__(self, name: str, model, tokenizer, processor=None):
         self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
@@ -88,7 +89,7 @@ class Adapter:
             if len(images) != len(texts):
                 raise InputError(f"{len(texts)} texts but {len(images)} images: give one image a text")
             images = [image.convert("RGB") for image in images]
-            inputs = self.processor(text=list(texts), images=images, **options)
+            inputs = self.processor(text=list(texts), images=images, **self._processing, **options)
         dtype = self.model.dtype
         return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
@@ -222,7 +223,53 @@ class CaptionerAdapter(Adapter):
         return {k if k == "pixel_values" else f"decoder_{k}": v for k, v in inputs.items()}
 
 
-FAMILIES = {"llava": LlavaAdapter, "vision-encoder-decoder": CaptionerAdapter}
+class ChameleonAdapter(Adapter):
+    """ChameleonForConditionalGeneration (also Anole): an image is one grid of words of the model's own vocabulary.
+
+    The processor writes placeholders between the start and the end of an image, which count as text; the model's VQ
+    encoder replaces them, row by row. Image words that the ids name themselves are image tokens as well. Raises
+    InputError for a processor that writes another number of placeholders than the encoder makes codes.
+    """
+
+    _processing = {"return_for_text_completion": True}  # `prompt` writes the separator; a document has none
+
+    def __init__(self, name, model, tokenizer, processor):
+        super().__init__(name, model, tokenizer, processor)
+        self.image_token_id = model.config.image_token_id
+        shrink = 2 ** (len(model.config.vq_config.channel_multiplier) - 1)
+        crop = processor.image_processor.crop_size
+        self.patch_grid = (crop["height"] // shrink, crop["width"] // shrink)
+        made, written = self.patch_grid[0] * self.patch_grid[1], processor.image_seq_length
+        if made != written:
+            raise InputError(f"{name} makes {made} codes an image but its processor writes {written} placeholders")
+        words = [id for word, id in model.config.vocabulary_map.items() if word.startswith("IMGIMG")]
+        self._image_ids = torch.tensor([self.image_token_id, *words])
+
+    def prompt(self, question: str = "", image: bool = True) -> str:
+        """As `Adapter.prompt`; without a chat template the original's form: image, question, separator."""
+        if getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template:
+            return super().prompt(question, image)
+        return f"{self.processor.image_token if image else ''}{question}{self.tokenizer.sep_token}"
+
+    def encode(self, texts, images=None) -> dict[str, Tensor]:
+        """As `Adapter.encode`. InputError also for a text without exactly one place for its image, or too long a one
+        (cutting it could cut the image)."""
+        places = [text.count(self.processor.image_token) for text in texts]
+        for i, count in enumerate(places):
+            if count != (images is not None):
+                given = "one image" if images is not None else "no image"
+                raise InputError(f"text {i} has {count} {self.processor.image_token} but is given {given}")
+        inputs = super().encode(texts, images)
+        length, context = inputs["input_ids"].shape[1], self.config.max_position_embeddings
+        if images is not None and length > context:
+            raise InputError(f"a text with its image has {length} tokens but {self.name} reads {context}: shorten it")
+        return inputs
+
+    def image_mask(self, input_ids):
+        return torch.isin(input_ids, self._image_ids.to(input_ids.device))
+
+
+FAMILIES = {"chameleon": ChameleonAdapter, "llava": LlavaAdapter, "vision-encoder-decoder": CaptionerAdapter}
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False) -> Adapter:
