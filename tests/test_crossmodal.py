@@ -87,6 +87,14 @@ def test_earliest_token_wins_a_tie():
     assert stream.weights() == [1.0]
 
 
+@pytest.mark.parametrize("n_image", [25, 26])
+def test_as_published_looks_at_thirty_tokens(n_image):
+    is_image = np.arange(n_image + 5) < n_image
+    stream = CrossModal(1, 2, reading="as_published")
+    stream.add(to_csr(np.ones((n_image + 5, 1))), is_image, np.ones((n_image + 5, 2)))
+    assert np.isnan(stream.weights()[0]) == (n_image > 25)  # else a text token is the 31st
+
+
 def test_memory_is_bounded_by_the_lists():
     rng, stream = np.random.default_rng(0), CrossModal(8, 4, k=2)
     for _ in range(40):  # rising activations: every batch replaces the tops of the one before
