@@ -1,5 +1,7 @@
 """The captioner: its adapter on a tiny random model, its building blocks, the shipped checkpoint if there is one."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,28 @@ def test_a_decoder_without_cross_attention_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="lacks GPT-2 blocks with cross-attention") as caught:
         models.CaptionerAdapter("blind", model, make_tokenizer(), captioner.image_processor())
     assert "\n" not in str(caught.value)
+
+
+def test_where_it_looked_is_the_attention_of_the_token_that_fires_most(tiny, pictures):
+    from mmsae_helpers.survey import where_it_looked
+
+    sae = SimpleNamespace(encode=lambda x: x.relu())
+    inputs = tiny.encode(WORDS, pictures)
+    before = tiny.model.decoder.config._attn_implementation
+    batch = activations.Inputs(torch.tensor([4, 7, 9]), inputs)
+    ids = np.array([[7, 4], [-1, -1], [9, 7]])  # 9 has an empty caption
+    with pytest.raises(IndexError):  # and so cannot be a top image
+        where_it_looked(tiny, {1: sae}, {1: ids}, [batch])
+    ids[2, 0] = -1
+    found = where_it_looked(tiny, {1: sae}, {1: ids}, [batch])[1]
+    assert found.shape == (3, 2, 4, 4) and not found[1].any() and not found[2, 0].any()
+    assert tiny.model.decoder.config._attn_implementation == before
+    tiny.model.decoder.set_attn_implementation("eager")
+    out = tiny.model(**tiny._arguments(inputs), output_attentions=True, output_hidden_states=True)
+    tiny.model.decoder.set_attn_implementation(before)
+    at = out.decoder_hidden_states[2][1, 1 : inputs["attention_mask"][1].sum(), 0].argmax() + 1
+    seen = out.cross_attentions[1][1, :, at].mean(0)[1:]
+    np.testing.assert_array_equal(found[0, 0].ravel(), (seen / seen.max() * 255).round().byte())
 
 
 def test_half_of_the_captions_are_the_description():
