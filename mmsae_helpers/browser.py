@@ -47,8 +47,9 @@ def write(
     same for these rows, or None; ``heat_note`` says what it is and how it is scaled. ``images``: all images measured,
     by index, PIL of any mode; each is shown stretched to a square of ``thumbnail`` pixels, as the encoder sees it.
     ``histograms`` [R, bins]: tokens with a positive activation, between ``bin_edges`` [bins + 1] or [R, bins + 1].
-    ``tokens``: R lists of (word, mean activation, number of tokens). ``neighbours``: row numbers [R, m], -1 for none,
-    and decoder cosines [R, m]. ``n_tokens``: tokens measured. Raises InputError where shapes do not agree.
+    ``tokens``: R lists of (word, mean activation, tokens of that word, over which the mean is). ``neighbours``: row
+    numbers [R, m], -1 for none, and decoder cosines [R, m]. ``n_tokens``: tokens measured. Raises InputError where
+    shapes do not agree.
     """
     top_ids, top_values, histograms = np.asarray(top_ids), np.asarray(top_values), np.asarray(histograms)
     near, cosines = map(np.asarray, neighbours)

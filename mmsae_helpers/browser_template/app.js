@@ -7,7 +7,10 @@
 
   const mmsae = window.mmsae = {
     table(columns) { table = columns; start(); },
-    chunk(number, content) { chunks.get(number).done(content); },
+    chunk(number, content) {
+      if (chunks.has(number)) chunks.get(number).done(content);
+      else chunks.set(number, { promise: Promise.resolve(content) });  // it stood in the page unasked
+    },
     source(slot) {  // address of the sheet a thumbnail is on, and its column and row there
       const sheet = Math.floor(slot / (meta.side * meta.side)), cell = slot % (meta.side * meta.side);
       return [`sprites/${String(sheet).padStart(5, "0")}.jpg?v=${meta.version}`, cell % meta.side, Math.floor(cell / meta.side)];
@@ -174,10 +177,10 @@
     const shown = ids.length ? section(`The ${ids.length === 1 ? "image" : `${ids.length} images`} it fires on most`, heatChoice(content), make("ol", { class: "pictures" }, ...pictures))
       : section("Images", make("p", {}, "It fires on no image."));
     const words = content.tokens[i], most = Math.max(...words.map(word => word[1]), 1e-12);
-    const spoken = words.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["word", "mean activation", "", "tokens"].map(text => make(text ? "th" : "td", text ? { scope: "col" } : {}, text)))),
+    const spoken = words.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["word", "mean activation", "", "over tokens"].map(text => make(text ? "th" : "td", text ? { scope: "col" } : {}, text)))),
       make("tbody", {}, ...words.map(([word, mean, count]) => make("tr", {}, make("td", {}, word), make("td", {}, short(mean)), make("td", { class: "meter", "aria-hidden": "true" }, make("i", { style: `width:${Math.max(1, 100 * mean / most)}%` })), make("td", {}, whole(count))))))
       : make("p", {}, "None.");
-    const near = content.near[i].map((other, j) => other < 0 ? null : make("tr", {}, make("td", {}, make("a", { href: link(other) }, key(other)), ` ${label(other)}`), make("td", {}, short(content.cosines[i][j])))).filter(Boolean);
+    const near = content.near[i].map((other, j) => other < 0 ? null : make("tr", {}, make("td", {}, make("a", { href: link(other) }, key(other)), ` ${label(other) || "(no word)"}`), make("td", {}, short(content.cosines[i][j])))).filter(Boolean);
     const neighbours = near.length ? make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "feature"), make("th", { scope: "col" }, "cosine"))), make("tbody", {}, ...near)) : make("p", {}, "None.");
     $("feature").replaceChildren(...head, shown, make("div", { class: "two" }, section("Activation histogram", histogram(content.histogram[i], content.edges[i] || content.edges[0])),
       section("Caption words it fires on", spoken), section("Neighbours by decoder cosine", neighbours)));
@@ -215,7 +218,7 @@
   }
   function cividis(v) {
     const t = v / 255 * (CIVIDIS.length - 1), low = Math.min(Math.floor(t), CIVIDIS.length - 2), part = t - low;
-    return [0, 1, 2].map(c => CIVIDIS[low][c] * (1 - part) + CIVIDIS[low + 1][c] * part).concat(90 + 130 * v / 255);
+    return [0, 1, 2].map(c => CIVIDIS[low][c] * (1 - part) + CIVIDIS[low + 1][c] * part).concat(30 + 190 * v / 255);
   }
   function heatChoice(content) {
     if (!content.heat) return null;
@@ -230,7 +233,8 @@
   function histogram(counts, edges) {
     const sum = counts.reduce((a, b) => a + b, 0), most = Math.max(...counts), low = edges[0], high = edges[edges.length - 1];
     if (!sum) return make("p", {}, "It fires on no token.");
-    const left = 52, right = 410, top = 8, bottom = 132, x = v => left + (right - left) * (v - low) / (high - low || 1), tall = Math.log10(most + 1);
+    const left = 52, right = 410, top = 8, bottom = 132, log = low > 0 && high / low >= 100, scale = log ? Math.log10 : v => v;
+    const x = v => left + (right - left) * (scale(v) - scale(low)) / (scale(high) - scale(low) || 1), tall = Math.log10(most + 1);
     const y = n => bottom - (bottom - top) * Math.log10(n + 1) / tall;
     const svg = make("svg", { viewBox: "0 0 420 176", role: "img", "aria-label": `Histogram of ${whole(sum)} activations above zero from ${short(low)} to ${short(high)}; the fullest bin has ${whole(most)} tokens` });
     counts.forEach((n, b) => {
@@ -239,8 +243,10 @@
     });
     svg.append(make("line", { x1: left, x2: right, y1: bottom, y2: bottom }), make("line", { x1: left, x2: left, y1: top, y2: bottom }));
     for (let n = 1; n <= most; n *= 10) svg.append(make("text", { x: left - 6, y: y(n) + 4, "text-anchor": "end" }, whole(n)), make("line", { x1: left - 3, x2: left, y1: y(n), y2: y(n) }));
-    for (const part of [0, .25, .5, .75, 1]) svg.append(make("text", { x: x(low + part * (high - low)), y: bottom + 16, "text-anchor": "middle" }, short(low + part * (high - low))));
-    svg.append(make("text", { x: (left + right) / 2, y: bottom + 36, "text-anchor": "middle" }, `activation, where above zero (${whole(sum)} of ${whole(meta.n_tokens)} tokens)`),
+    const ticks = log ? [] : [0, .25, .5, .75, 1].map(part => low + part * (high - low));
+    if (log) for (let power = Math.ceil(Math.log10(low) - 1e-9); power <= Math.log10(high) + 1e-9; power++) ticks.push(10 ** power);
+    for (const tick of ticks) svg.append(make("text", { x: x(tick), y: bottom + 16, "text-anchor": "middle" }, short(tick)), make("line", { x1: x(tick), x2: x(tick), y1: bottom, y2: bottom + 3 }));
+    svg.append(make("text", { x: (left + right) / 2, y: bottom + 36, "text-anchor": "middle" }, `activation${log ? ", log scale" : ""}; above zero on ${whole(sum)} of ${whole(meta.n_tokens)} tokens`),
       make("text", { x: 0, y: 0, transform: `translate(11 ${(top + bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, "tokens, log scale"));
     return svg;
   }
