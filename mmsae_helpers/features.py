@@ -103,24 +103,30 @@ def _keys(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return (values.view(np.int32).astype(np.int64) << 32) | (_LOW - columns)
 
 
-def _top_keys(features: sp.csr_matrix, n: int, start: int, stop: int, step: int = 512) -> np.ndarray:
+def _top_keys(features: sp.csr_matrix, n: int, start: int, stop: int) -> np.ndarray:
     """Keys of the n largest features of tokens start to stop [rows, n], descending, then 0."""
-    out = np.zeros((stop - start, n), np.int64)
-    for lo in range(start, stop, step):
-        hi = min(lo + step, stop)
-        count = np.diff(features.indptr[lo : hi + 1])
+    entries = slice(features.indptr[start], features.indptr[stop])
+    keys = _keys(features.data[entries], features.indices[entries])
+    return _largest(keys, features.indptr[start : stop + 1] - entries.start, n)
+
+
+def _largest(keys: np.ndarray, indptr: np.ndarray, n: int, step: int = 512) -> np.ndarray:
+    """The n largest of each row's keys, which lie between indptr[row] and indptr[row + 1]; descending, then 0."""
+    out = np.zeros((len(indptr) - 1, n), np.int64)
+    for lo in range(0, len(out), step):
+        some = indptr[lo : lo + step + 1]
+        count = np.diff(some)
         width = int(count.max(initial=0))
         if width == 0:
             continue
-        entries = slice(features.indptr[lo], features.indptr[hi])
-        padded = np.zeros((hi - lo, width), np.int64)
-        padded[np.arange(width) < count[:, None]] = _keys(features.data[entries], features.indices[entries])
+        padded = np.zeros((len(count), width), np.int64)
+        padded[np.arange(width) < count[:, None]] = keys[some[0] : some[-1]]
         if width > 2 * n:
             padded.partition(width - n, axis=1)
             padded = padded[:, -n:]
         padded.sort(axis=1)
         k = min(n, width)
-        out[lo - start : hi - start, :k] = padded[:, : -k - 1 : -1]
+        out[lo : lo + step, :k] = padded[:, : -k - 1 : -1]
     return out
 
 
@@ -317,6 +323,83 @@ def clean(counts, max_images: int) -> np.ndarray:
     return (counts.sum(axis=0) if counts.ndim == 2 else counts) <= max_images
 
 
+# ---------------------------------------------------------------- images on which a feature is largest
+
+
+def image_maxima(features: sp.csr_matrix, sample) -> tuple[np.ndarray, sp.csr_matrix]:
+    """Largest activation of each feature over every image's tokens: ids [S] ascending, csr [S, d_sae].
+
+    ``features`` csr [tokens, d_sae]; ``sample`` [tokens]: image of each, in any order.
+    """
+    ids, rows = np.unique(np.asarray(sample), return_inverse=True)
+    if np.any(rows[1:] < rows[:-1]):
+        order = np.argsort(rows, kind="stable")
+        rows, features = rows[order], features[order]
+    d = features.shape[1]
+    parts = [sp.csr_matrix((0, d), dtype=np.float32)]
+    step = max(1, 2**18 // max(d, 1))  # dense only for a few images at a time
+    for first in range(0, len(ids), step):
+        lo, hi = np.searchsorted(rows, [first, first + step])
+        entries = slice(features.indptr[lo], features.indptr[hi])
+        flat = np.repeat((rows[lo:hi] - first) * d, np.diff(features.indptr[lo : hi + 1])) + features.indices[entries]
+        largest = np.zeros((min(step, len(ids) - first), d), np.float32)
+        np.maximum.at(largest.reshape(-1), flat, features.data[entries])
+        parts.append(to_csr(largest))
+    return ids, sp.vstack(parts, format="csr")
+
+
+class TopImages:
+    """The k images on which each feature is largest, in one pass: ties go to the lowest image id, zeros do not fire.
+
+    Equal to sorting all images, in whatever order they come. Memory is d_sae x k, whatever the number of images; an
+    image that cannot enter a feature's k is dropped by one comparison. ``n_images`` [d_sae]: images that fire.
+    """
+
+    def __init__(self, d_sae: int, k: int = 9):
+        self.n_images = np.zeros(d_sae, np.int64)
+        self._keys = np.zeros((d_sae, k), np.int64)  # as `_keys`, the image in the place of the column
+
+    def add(self, maxima: sp.csr_matrix, ids) -> None:
+        """``maxima`` csr [S, d_sae] of whole images (`image_maxima`), ``ids`` [S] of them, 0 to 2^31 - 2.
+
+        An image comes once: InputError for an id twice in one call; one that comes back in a later call is not noticed
+        and would stand twice. InputError too where ids or widths do not fit.
+        """
+        ids = np.asarray(ids, np.int64)
+        if maxima.shape != (len(ids), len(self._keys)):
+            raise InputError(f"top images: maxima are {maxima.shape}, but {len(ids)} ids, {len(self._keys)} features")
+        if len(np.unique(ids)) < len(ids):
+            raise InputError("top images: an image id comes twice in one call: take the maxima of whole images first")
+        if len(ids) and (ids.min() < 0 or ids.max() >= _LOW):
+            raise InputError(f"top images: ids {ids.min()} to {ids.max()} outside 0 to {_LOW - 1}")
+        data, columns = maxima.data, maxima.indices
+        self.n_images += np.bincount(columns if (data > 0).all() else columns[data > 0], minlength=len(self._keys))
+        last = (self._keys[:, -1] >> 32).astype(np.int32).view(np.float32)
+        smallest = np.maximum(last, np.finfo(np.float32).smallest_subnormal)
+        place = np.flatnonzero(data >= smallest[columns])
+        rows = np.searchsorted(maxima.indptr, place, side="right") - 1
+        keys, columns = _keys(data[place], ids[rows]), columns[place]
+        better = keys > self._keys[columns, -1]
+        columns, keys = columns[better], keys[better]
+        keys = keys[np.argsort(columns, kind="stable")]
+        count = np.bincount(columns, minlength=len(self._keys))
+        changed = np.flatnonzero(count)
+        found = _largest(keys, np.r_[0, np.cumsum(count[changed])], self._keys.shape[1])
+        both = np.concatenate([self._keys[changed], found], axis=1)
+        both.sort(axis=1)
+        self._keys[changed] = both[:, : -self._keys.shape[1] - 1 : -1]
+
+    @property
+    def values(self) -> np.ndarray:
+        """Activations [d_sae, k] float32, descending, 0 where fewer images fire."""
+        return (self._keys >> 32).astype(np.int32).view(np.float32)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Image ids [d_sae, k] int64, -1 where fewer images fire."""
+        return np.where(self._keys > 0, _LOW - (self._keys & _LOW), -1)
+
+
 # ---------------------------------------------------------------- chosen features
 
 
@@ -325,11 +408,7 @@ def max_per_sample(features: sp.csr_matrix, sample, wanted) -> np.ndarray:
 
     Rows are the distinct ids of ``sample`` [tokens], ascending.
     """
-    ids, rows = np.unique(np.asarray(sample), return_inverse=True)
-    chosen = features[:, np.asarray(wanted, np.int64)].tocoo()
-    out = np.zeros((len(ids), len(wanted)), np.float32)
-    np.maximum.at(out, (rows[chosen.row], chosen.col), chosen.data)
-    return out
+    return image_maxima(features[:, np.asarray(wanted, np.int64)], sample)[1].toarray()
 
 
 def share_on_object(features: sp.csr_matrix, sample, patch, object_patch_mask, wanted) -> Share:

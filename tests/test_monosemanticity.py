@@ -1,0 +1,98 @@
+"""Both measures equal their plain definitions; a pure feature is 1, the permuted control is not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mmsae_helpers import monosemanticity
+from mmsae_helpers.errors import InputError
+from mmsae_helpers.features import to_csr
+
+VALUES = st.sampled_from([0.0, 0.0, 0.1, 0.25, 1.0, 3.0, 70.0]).map(np.float32)
+
+
+def by_pairs(activations, embeddings):
+    """The score of each feature by a double loop over pairs of different images, activations min-max normalised."""
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    scores = []
+    for a in activations.T.astype(float):
+        a = a - a.min()
+        a = a / a.max() if a.max() > 0 else a
+        pairs = [(n, m) for n in range(len(a)) for m in range(len(a)) if n != m]
+        weight = sum(a[n] * a[m] for n, m in pairs)
+        total = sum(a[n] * a[m] * (unit[n] @ unit[m]) for n, m in pairs)
+        scores.append(total / weight if weight else np.nan)
+    return np.array(scores)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_closed_form_is_the_loop_over_pairs(data):
+    shape = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 5)))
+    activations = data.draw(hnp.arrays(np.float32, shape, elements=VALUES))
+    activations[:, data.draw(st.integers(0, shape[1] - 1))] += np.float32(0.3)  # fires on every image
+    embeddings = np.random.default_rng(data.draw(st.integers(0, 99))).standard_normal((shape[0], 4))
+    edges = sorted(data.draw(st.sets(st.integers(0, shape[0]))) | {0, shape[0]})
+    score = monosemanticity.Similarity(shape[1], 4)
+    for lo, hi in zip(edges[:-1], edges[1:], strict=True):
+        score.add(to_csr(activations[lo:hi]), embeddings[lo:hi])
+    np.testing.assert_allclose(score.score(), by_pairs(activations, embeddings), atol=1e-6)
+
+
+def test_similarity_of_alike_and_of_opposite_images():
+    score = monosemanticity.Similarity(3, 2)
+    assert np.isnan(score.score()).all()
+    score.add(to_csr(np.array([[2, 1, 0], [5, 0, 0], [0, 4, 1]])), np.array([[1, 0], [3, 0], [-2, 0]]))
+    np.testing.assert_allclose(score.score(), [1, -1, np.nan])
+    with pytest.raises(InputError, match="none of them zero"):
+        score.add(to_csr(np.ones((1, 3))), np.zeros((1, 2)))
+    with pytest.raises(InputError, match="as many embeddings"):
+        score.add(to_csr(np.ones((2, 3))), np.ones((1, 2)))
+
+
+def purity_by_definition(z, attributes):
+    best = []
+    for a in z.T.astype(float):
+        found = [np.nan]
+        for _, column in attributes.items():
+            means = [a[column == value].mean() for value in sorted(set(column))]
+            if len(means) > 1 and sum(means):
+                found += [(m / sum(means) * len(means) - 1) / (len(means) - 1) for m in means]
+        best.append(np.nanmax(found) if len(found) > 1 else np.nan)
+    return np.array(best)
+
+
+@given(hnp.arrays(np.float32, st.tuples(st.integers(6, 20), st.integers(1, 5)), elements=VALUES), st.integers(0, 99))
+def test_purity_is_the_definition(z, seed):
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame(
+        {"color": rng.choice(list("rgb"), len(z)), "same": "x", "size": rng.choice(["a", "b"], len(z))}
+    )
+    table.loc[:1, "size"] = ["a", "b"]
+    out = monosemanticity.purity(to_csr(z), table)
+    np.testing.assert_allclose(out["purity"], purity_by_definition(z, table), atol=1e-6)
+    assert out["n_images"].tolist() == (z > 0).sum(axis=0).tolist()
+    assert (out["attribute"] != "same").all() and ((out["value"] == "") == (out["n_images"] == 0)).all()
+
+
+def test_pure_mixed_and_silent_features_and_the_control():
+    color = np.repeat(["blue", "red", "navy", "pink"], 100)
+    table = pd.DataFrame({"color": color, "size": np.tile(["big", "small"], 200)})
+    z = np.stack([(color == "red") * 2.0, np.ones(400), np.zeros(400)], axis=1)
+    out = monosemanticity.purity(to_csr(z), table)
+    assert out["purity"][:2].tolist() == pytest.approx([1, 0]) and np.isnan(out["purity"][2])
+    assert out.loc[0, ["attribute", "value", "n_images"]].tolist() == ["color", "red", 100]
+    assert out.loc[2, ["attribute", "value", "n_images"]].tolist() == ["", "", 0]
+    control = monosemanticity.purity(to_csr(z), table, seed=3)
+    assert control["purity"][0] < 0.3 and control["n_images"].tolist() == [100, 400, 0]
+    pd.testing.assert_frame_equal(control, monosemanticity.purity(to_csr(z), table, seed=3))
+
+
+def test_bad_tables_are_one_line():
+    with pytest.raises(InputError, match="2 images but attributes of 1"):
+        monosemanticity.purity(to_csr(np.ones((2, 1))), pd.DataFrame({"a": ["x"]}))
+    with pytest.raises(InputError, match="no attribute takes two values"):
+        monosemanticity.purity(to_csr(np.ones((2, 1))), pd.DataFrame({"a": ["x", "x"]}))
