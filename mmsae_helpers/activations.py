@@ -14,7 +14,7 @@ import torch
 
 from mmsae_helpers.errors import InputError
 
-Keep = Literal["image", "text", "all", "after_image", "last"]
+Keep = Literal["image", "text", "all", "after_image", "all_after_image", "last"]
 Reading = Literal["corrected", "as_published"]
 PUBLISHED_IMAGE_START = 4  # paper A's code took image tokens as positions 4 to 579 (METHODS A.3 b)
 
@@ -34,7 +34,7 @@ class TokenBatch(NamedTuple):
     position: torch.Tensor  # position in the sequence [N] int64
     token: torch.Tensor  # input id [N] int64
     is_image: torch.Tensor  # [N] bool
-    patch: torch.Tensor  # patch index row * columns + column [N] int64, -1 for text
+    patch: torch.Tensor  # patch of the base image, row * columns + column [N] int64; -1 for text and newline tokens
 
 
 class Means(NamedTuple):
@@ -99,7 +99,7 @@ def stream(
     """Residuals of the kept tokens, one TokenBatch per input batch, all layers from one pass.
 
     ``keep``: image tokens, text tokens (special ones such as BOS only with ``keep_special``), all, or per sample the
-    first text token after the image (paper A's "EoI") or the last token (all that paper B's code kept of a caption,
+    first text token after the image (paper A's "EoI"), all after it (special ones too), or the last token (all that paper B's code kept of a caption,
     METHODS B.1 b). Padding is never kept. ``as_published`` takes the block's input,
     and as image tokens a fixed range of positions from 4 on, whatever they are (METHODS A.3 a, b).
     """
@@ -108,7 +108,7 @@ def stream(
     for sample, inputs in batches:
         with hooked(adapter, layers, reading) as found:
             run(adapter, inputs)
-        is_image, patch = _image_positions(adapter, inputs["input_ids"], reading)
+        is_image, patch = _image_positions(adapter, inputs, reading)
         mask = _kept(adapter, inputs, is_image, keep, keep_special)
         row, position = (i.cpu() for i in mask.nonzero(as_tuple=True))
         yield TokenBatch(
@@ -137,13 +137,12 @@ def means(tokens: Iterable[TokenBatch]) -> Means:
     return Means(residual, {layer: norm / n for layer, norm in norms.items()})
 
 
-def _image_positions(adapter, ids_bt: torch.Tensor, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
+def _image_positions(adapter, inputs, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions the reading takes for image tokens [B, T] bool, and their patch [B, T] (-1 elsewhere)."""
-    if adapter.image_token_id is None:
-        return torch.zeros_like(ids_bt, dtype=torch.bool), torch.full_like(ids_bt, -1)
-    is_image = adapter.image_mask(ids_bt)
+    ids_bt = inputs["input_ids"]
     if reading == "corrected":
-        return is_image, adapter.patch_index(ids_bt)
+        return adapter.geometry(inputs)[:2]
+    is_image = adapter.image_mask(ids_bt)
     offset = torch.arange(ids_bt.shape[1], device=ids_bt.device) - PUBLISHED_IMAGE_START
     taken = (offset >= 0) & (offset < is_image.sum(dim=1, keepdim=True))
     return taken, torch.where(taken, offset, -1)
@@ -159,9 +158,9 @@ def _kept(adapter, inputs, is_image: torch.Tensor, keep: Keep, keep_special: boo
     order = torch.arange(ids.shape[1], device=ids.device)
     if keep == "last":
         return real & (order == torch.where(real, order, -1).amax(dim=1, keepdim=True))
-    if keep == "after_image":
+    if keep in ("after_image", "all_after_image"):
         last = torch.where(is_image, order, -1).amax(dim=1, keepdim=True)
-        return real & (last >= 0) & (order == last + 1)
+        return real & (last >= 0) & (order == last + 1 if keep == "after_image" else order > last)
     text = real & ~is_image
     if not keep_special:
         text &= ~torch.isin(ids, torch.tensor(sorted(adapter.tokenizer.all_special_ids), device=ids.device))
