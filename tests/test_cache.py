@@ -28,8 +28,8 @@ def make(llava, image_batches):
     return make
 
 
-def collect(store, make, n=10):
-    return list(store.tokens(make, n))
+def tokens(folder, make, layers, shard_samples=5, description=DESCRIPTION, n=10):
+    return cache.Tokens(make, description, layers, n, folder, shard_samples)
 
 
 def assert_same(a, b):
@@ -45,62 +45,63 @@ def shards(root):
 
 
 def test_cached_equals_uncached_bit_for_bit(tmp_path, make):
-    first = cache.ShardCache(tmp_path, DESCRIPTION, [1, 3], shard_samples=4)
-    computed = collect(first, make)
-    direct = [cache._concatenate(list(make(s, min(s + 4, 10), [1, 3])), [1, 3]) for s in (0, 4, 8)]
-    again = cache.ShardCache(tmp_path, DESCRIPTION, [1, 3], shard_samples=4)
-    assert_same(computed, direct)
+    first = tokens(tmp_path, make, [1, 3], 4)
+    computed = list(first)
+    direct = list(tokens(None, make, [1, 3]))
+    for k, column in enumerate(direct[0]._fields[1:], 1):
+        assert torch.equal(torch.cat([b[k] for b in computed]), torch.cat([b[k] for b in direct])), column
+    for layer in (1, 3):
+        assert torch.equal(torch.cat([b.acts[layer] for b in computed]), torch.cat([b.acts[layer] for b in direct]))
+    again = tokens(tmp_path, make, [1, 3], 4)
     make.calls.clear()
-    assert_same(collect(again, make), direct)
+    assert_same(list(again), computed)
     assert make.calls == [] and (first.computed, first.reused, again.computed, again.reused) == (6, 0, 0, 6)
     assert json.loads((first.folder / "description.json").read_text())["keep"] == "image"
 
 
 def test_layers_are_shared_between_passes(tmp_path, make):
-    collect(cache.ShardCache(tmp_path, DESCRIPTION, [0, 3], 5), make)
+    list(tokens(tmp_path, make, [0, 3]))
     make.calls.clear()
-    subset = cache.ShardCache(tmp_path, DESCRIPTION, [3], 5)
-    collect(subset, make)
+    subset = tokens(tmp_path, make, [3])
+    list(subset)
     assert make.calls == [] and subset.reused == 2
-    more = cache.ShardCache(tmp_path, DESCRIPTION, [3, 1], 5)
-    assert [list(b.acts) for b in collect(more, make)] == [[1, 3]] * 2
+    assert [list(b.acts) for b in tokens(tmp_path, make, [3, 1])] == [[1, 3]] * 2
     assert make.calls == [(0, 5, (1,)), (5, 10, (1,))]
 
 
 def test_another_description_or_range_is_another_shard(tmp_path, make):
-    collect(cache.ShardCache(tmp_path, DESCRIPTION, [0], 5), make)
-    other = cache.ShardCache(tmp_path, {**DESCRIPTION, "keep": "text"}, [0], 5)
-    collect(other, make)
-    short = cache.ShardCache(tmp_path, DESCRIPTION, [0], 5)
-    assert sum(len(b.sample) for b in collect(short, make, 7)) == 7 * 4
+    list(tokens(tmp_path, make, [0]))
+    other = tokens(tmp_path, make, [0], description={**DESCRIPTION, "keep": "text"})
+    list(other)
+    short = tokens(tmp_path, make, [0], n=7)
+    assert sum(len(b.sample) for b in short) == 7 * 4
     assert other.computed == 2 and (short.computed, short.reused) == (1, 1)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
 def test_damaged_shard_is_found_and_made_again(tmp_path, make, damage):
-    good = collect(cache.ShardCache(tmp_path, DESCRIPTION, [1], 5), make)
+    good = list(tokens(tmp_path, make, [1]))
     victim = shards(tmp_path)[0]
     data = bytearray(victim.read_bytes())
     if damage == "altered":
         data[-37] ^= 1
     victim.write_bytes({"truncated": data[: len(data) // 2], "altered": data, "empty": b""}[damage])
     make.calls.clear()
-    store = cache.ShardCache(tmp_path, DESCRIPTION, [1], 5)
+    store = tokens(tmp_path, make, [1])
     with pytest.warns(UserWarning, match="damaged shard .*samples_000000-000005.* made again"):
-        assert_same(collect(store, make), good)
+        assert_same(list(store), good)
     assert make.calls == [(0, 5, (1,))] and (store.computed, store.reused) == (1, 1)
-    assert_same(collect(cache.ShardCache(tmp_path, DESCRIPTION, [1], 5), make), good)
+    assert_same(list(tokens(tmp_path, make, [1])), good)
 
 
 @pytest.mark.filterwarnings("ignore:damaged shard")
 def test_every_altered_byte_is_found(tmp_path, make):
-    store = cache.ShardCache(tmp_path, DESCRIPTION, [1], 1)
-    (good,) = collect(store, make, 1)
+    (good,) = tokens(tmp_path, make, [1], n=1)
     victim = shards(tmp_path)[0]
     data = victim.read_bytes()
     for position in range(0, len(data), 7):
         victim.write_bytes(data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :])
-        loaded = store._load(victim)
+        loaded = cache._load(victim)
         assert loaded is None or torch.equal(loaded["acts"], good.acts[1])
 
 
@@ -113,13 +114,13 @@ def test_full_disk_says_where_and_leaves_nothing(tmp_path, make, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    store = cache.ShardCache(tmp_path, DESCRIPTION, [1], 5)
-    with pytest.raises(InputError, match=r"disk full: .*samples_000005-000010.* needs 0.0 MiB, .* MiB free"):
-        collect(store, make)
+    store = tokens(tmp_path, make, [1])
+    with pytest.raises(InputError, match=r"disk full: .*samples_000005-000010.* needs 0.0 MiB; make room"):
+        list(store)
     assert len(shards(tmp_path)) == 1 and not list(tmp_path.rglob("*tmp*"))
     monkeypatch.undo()
-    resumed = cache.ShardCache(tmp_path, DESCRIPTION, [1], 5)
-    collect(resumed, make)
+    resumed = tokens(tmp_path, make, [1])
+    list(resumed)
     assert (resumed.computed, resumed.reused) == (1, 1)
 
 
@@ -129,13 +130,13 @@ def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, make, monkeypatch
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="input/output"):
-        collect(cache.ShardCache(tmp_path, DESCRIPTION, [1], 5), make)
+        list(tokens(tmp_path, make, [1]))
     assert not list(tmp_path.rglob("*tmp*"))
 
 
 SCRIPT = """
 import sys, time, torch
-from mmsae_helpers.cache import ShardCache
+from mmsae_helpers.cache import Tokens
 from mmsae_helpers.activations import TokenBatch
 
 def make(start, stop, layers):
@@ -147,8 +148,8 @@ def make(start, stop, layers):
         acts = {layer: torch.randn(3, 8, generator=g) for layer in layers}
         yield TokenBatch(acts, torch.full((3,), sample), n, n, n > 0, n)
 
-store = ShardCache(sys.argv[1], {"x": 1}, [2], shard_samples=5)
-total = sum(float(b.acts[2].double().sum()) for b in store.tokens(make, 30))
+store = Tokens(make, {"x": 1}, [2], 30, sys.argv[1], shard_samples=5)
+total = sum(float(b.acts[2].double().sum()) for b in store)
 print("done", store.computed, store.reused, repr(total), flush=True)
 """
 
@@ -179,33 +180,25 @@ def test_a_killed_pass_goes_on_at_the_first_missing_shard(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_cleared(tmp_path, make):
-    store = cache.ShardCache(tmp_path, DESCRIPTION, [1], 5)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    store = tokens(tmp_path, make, [1])
     folder = store.folder / "layer_01"
     folder.mkdir(parents=True)
-    (folder / f"samples_000000-000005.safetensors.tmp-{dead.pid}").write_bytes(b"half")
-    mine = folder / f"other.safetensors.tmp-{os.getpid()}"
-    mine.write_bytes(b"a living writer's")
-    collect(store, make)
-    assert [p for p in folder.iterdir() if "tmp" in p.name] == [mine]
-
-
-def test_low_precision_storage_is_the_same_both_times(tmp_path, make):
-    first = collect(cache.ShardCache(tmp_path, DESCRIPTION, [1], 5, dtype="bfloat16"), make)
-    make.calls.clear()
-    assert_same(collect(cache.ShardCache(tmp_path, DESCRIPTION, [1], 5, dtype="bfloat16"), make), first)
-    assert not make.calls and first[0].acts[1].dtype == torch.float32
+    left, living = folder / "samples_000000-000005.safetensors.tmp-1", folder / "other.safetensors.tmp-2"
+    left.write_bytes(b"half")
+    living.write_bytes(b"a living writer's")
+    os.utime(left, (0, 0))
+    list(store)
+    assert [p for p in folder.iterdir() if "tmp" in p.name] == [living]
 
 
 def test_data_that_changed_under_one_description_is_refused(tmp_path, make, llava, image_batches):
-    collect(cache.ShardCache(tmp_path, DESCRIPTION, [1], 5), make)
+    list(tokens(tmp_path, make, [1]))
 
     def longer(start, stop, layers):
         return activations.stream(llava, image_batches(start, stop, 2), layers, "all")
 
     with pytest.raises(InputError, match="different tokens"):
-        collect(cache.ShardCache(tmp_path, DESCRIPTION, [1, 2], 5), longer)
+        list(tokens(tmp_path, longer, [1, 2]))
 
 
 def test_fingerprints_follow_content(tmp_path, llava, gemma):
