@@ -170,7 +170,7 @@ def _chameleon(root: Path, folder: Path, scale: float) -> None:
 
     image_tokenizer = ChameleonVQVAE.from_pretrained(root / "chameleon-tokenizer", dtype="float32").eval()
     model, pictures = chameleon.make_model(image_tokenizer), _coded_pictures(root)
-    curve = chameleon.train_language(model, *pictures, steps=int(1600 * scale))
+    curve = chameleon.train_language(model, *pictures, steps=int(2400 * scale))
     training.save(model, folder, curve, **chameleon.code_scores(image_tokenizer))
     chameleon.make_processor().save_pretrained(folder)
 
@@ -181,7 +181,7 @@ def _anole(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import chameleon, training
 
     model = ChameleonForConditionalGeneration.from_pretrained(root / "chameleon", dtype="float32")
-    curve = chameleon.train_anole(model, *_coded_pictures(root), steps=int(400 * scale))
+    curve = chameleon.train_anole(model, *_coded_pictures(root), steps=int(600 * scale))
     training.save(model, folder, curve)
     chameleon.make_processor().save_pretrained(folder)
 

@@ -198,28 +198,27 @@ def make_model(image_tokenizer: ChameleonVQVAE) -> ChameleonForConditionalGenera
     return model
 
 
-def train_language(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 64) -> list[dict]:
+def train_language(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 32) -> list[dict]:
     """Train the language model on mixed documents, the image tokenizer frozen; returns the curve.
 
-    Three documents in ten are text alone, three are sentences with their picture, four a question about one; the loss
+    A quarter of the documents are text alone, a quarter sentences with their picture, half a chat about one; the loss
     is on words, and of a chat on the answer alone.
     """
     write, rng = _writer(model, scenes, image_codes, 16)
 
     def draw():
         kind = rng.random()
-        if kind < 0.3:
+        if kind < 0.25:
             return write(language.document(sample_scene(rng), rng).text)
         i = int(rng.integers(len(scenes)))
-        if kind < 0.6:
+        if kind < 0.5:
             return write(language.interleaved(scenes[i], rng), i)
-        question, answer = language.any_question(scenes[i], rng)
-        return write(f"{IMAGE} {question} {SEPARATOR} {answer}", i, answer_only=True)
+        return _chat(write, scenes[i], rng, i)
 
-    return _train(model, draw, rng, steps=steps, batch=batch, lr=3e-3, name="chameleon", image_loss=False)
+    return _train(model, draw, rng, steps=steps, batch=batch, lr=2e-3, name="chameleon", image_loss=False)
 
 
-def train_anole(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 64) -> list[dict]:
+def train_anole(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 32) -> list[dict]:
     """Tune a Chameleon to write image tokens too; returns the curve.
 
     Six documents in ten are a description and then its picture, two have the picture among sentences, two are chats.
@@ -232,10 +231,15 @@ def train_anole(model, scenes, image_codes: np.ndarray, *, steps: int, batch: in
             return write(language.question_answer(scenes[i], rng, "describe")[1] + f" . {IMAGE}", i)
         if kind < 0.8:
             return write(language.interleaved(scenes[i], rng), i)
-        question, answer = language.any_question(scenes[i], rng)
-        return write(f"{IMAGE} {question} {SEPARATOR} {answer}", i, answer_only=True)
+        return _chat(write, scenes[i], rng, i)
 
     return _train(model, draw, rng, steps=steps, batch=batch, lr=1e-3, name="anole", image_loss=True)
+
+
+def _chat(write, scene, rng, picture):
+    """A question about a picture and its answer; half of them ask for the whole description."""
+    ask = language.question_answer(scene, rng, "describe") if rng.integers(2) else language.any_question(scene, rng)
+    return write(f"{IMAGE} {ask[0]} {SEPARATOR} {ask[1]}", picture, answer_only=True)
 
 
 def _writer(model, scenes, image_codes, seed):
