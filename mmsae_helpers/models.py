@@ -7,7 +7,9 @@ config. Shapes: B inputs, T positions (padded right).
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,6 +18,14 @@ from mmsae_helpers.errors import InputError, first_line
 
 CHECKPOINTS = Path(__file__).parent / "tinyworld" / "checkpoints"
 EMBEDDED = "tinyworld/"
+
+
+class Geometry(NamedTuple):
+    """What each position of a batch shows; all [B, T]."""
+
+    is_image: Tensor  # bool
+    patch: Tensor  # patch of the base image, row * columns + column, int64; -1 for text and newlines
+    part: Tensor  # int64: -1 text, 0 base image, 1 tile, 2 newline
 
 
 class Adapter:
@@ -74,22 +84,36 @@ class Adapter:
                 return text
         raise InputError(f"the chat template of {self.name} drops the image or the question")
 
-    def encode(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+    def encode(self, texts: Sequence[str], images: Sequence | None = None, fits: bool = True) -> dict[str, Tensor]:
         """Model inputs on the model's device, padded right: ``input_ids`` and ``attention_mask`` [B, T], and pixels.
 
-        One image a text where the family takes images. Raises InputError where the counts differ.
+        ``images``: for each text a PIL image, or a list of as many as it has placeholders, in order. Raises InputError
+        where the counts differ, and where a text with images is longer than the context, unless ``fits`` is False.
         """
         # A template that writes BOS itself must not get a second one from the tokenizer.
         bos = self.tokenizer.bos_token
         special = not (bos and texts[0].startswith(bos))
         options = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
-        if images is None:
-            inputs = self.tokenizer(list(texts), return_token_type_ids=False, **options)
+        own = [i if isinstance(i, list) else [i] for i in images] if images is not None else [[]] * len(texts)
+        if len(own) != len(texts):
+            raise InputError(f"{len(texts)} texts but {len(own)} images: give one image, or a list of images, a text")
+        flat = [image.convert("RGB") for some in own for image in some]
+        if self.image_token_id is not None:
+            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            for i, (text, some) in enumerate(zip(texts, own, strict=True)):
+                if text.count(token) != len(some):
+                    given = {0: "no image", 1: "one image"}.get(len(some), f"{len(some)} images")
+                    raise InputError(f"text {i} has {text.count(token)} {token} but is given {given}: one each")
+        elif flat:
+            raise InputError(f"{self.name} reads text alone, but there are {len(flat)} images")
+        if flat:
+            inputs = self.processor(text=list(texts), images=flat, **self._processing, **options)
+            length, context = inputs["attention_mask"].sum(1), self.config.max_position_embeddings
+            if fits and length.max() > context:
+                long = f"text {int(length.argmax())} of the batch has {int(length.max())} tokens with its images"
+                raise InputError(f"{long} but {self.name} reads {context}: shorten it")
         else:
-            if len(images) != len(texts):
-                raise InputError(f"{len(texts)} texts but {len(images)} images: give one image a text")
-            images = [image.convert("RGB") for image in images]
-            inputs = self.processor(text=list(texts), images=images, **self._processing, **options)
+            inputs = self.tokenizer(list(texts), return_token_type_ids=False, **options)
         dtype = self.model.dtype
         return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
@@ -125,6 +149,11 @@ class Adapter:
         order = mask.long().cumsum(1) - 1
         return (order % (self.patch_grid[0] * self.patch_grid[1])).masked_fill(~mask, -1)
 
+    def geometry(self, inputs: dict[str, Tensor], reading: str = "corrected") -> Geometry:
+        """Which positions are which part and patch of an image; ``reading`` matters where there are newline tokens."""
+        mask = self.image_mask(inputs["input_ids"])
+        return Geometry(mask, self.patch_index(inputs["input_ids"]), mask.long() - 1)
+
 
 class LlavaAdapter(Adapter):
     """LlavaForConditionalGeneration: one image is one grid of patch tokens."""
@@ -142,10 +171,55 @@ class LlavaAdapter(Adapter):
 
     @torch.no_grad()
     def vision_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """The vision tower's patch tokens that the projector reads, averaged over patches, float32 [B, d_vision]."""
+        """The vision tower's patch tokens of the (base) image, averaged over patches, float32 [B, d_vision]."""
         pixels = self.processor.image_processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
+        pixels = pixels[:, 0] if pixels.dim() == 5 else pixels
         hidden = self.model.model.vision_tower(pixels.to(self.device, self.model.dtype), output_hidden_states=True)
         return hidden.hidden_states[self.model.config.vision_feature_layer][:, 1:].mean(1).float().cpu()
+
+
+class LlavaNextAdapter(LlavaAdapter):
+    """LlavaNextForConditionalGeneration: a base image, then the rows of its tiles, each ended by a newline token."""
+
+    def patch_index(self, input_ids):
+        """Raises InputError: ids alone do not tell how an image was tiled."""
+        raise InputError(f"patches of {self.name} depend on the sizes of its images: use geometry(inputs)")
+
+    def geometry(self, inputs, reading="corrected"):
+        """From the inputs' ``image_sizes``, by transformers' own arithmetic; a tile token shows the patch of the base
+        image that holds its centre. ``as_published`` takes each row's first token for its newline instead of the last,
+        so that the others count one column too far left (METHODS C.4).
+
+        Raises InputError where the sizes make another number of tokens than there are.
+        """
+        ids = inputs["input_ids"]
+        mask, patch, part = self.image_mask(ids), torch.full_like(ids, -1), torch.full_like(ids, -1)
+        layouts = [self._layout(tuple(size), reading) for size in inputs.get("image_sizes", mask[:0]).tolist()]
+        made = torch.cat([torch.empty(2, 0, dtype=torch.int64), *layouts], 1).to(ids.device)
+        if made.shape[1] != mask.sum():
+            raise InputError(f"{int(mask.sum())} image tokens, but the image sizes of the batch make {made.shape[1]}")
+        patch[mask], part[mask] = made
+        return Geometry(mask, patch, part)
+
+    def _layout(self, size: tuple[int, int], reading: str) -> Tensor:
+        """Patch and part of the tokens of an image of ``size`` (height, width), int64 [2, n]."""
+        from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+        from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+        vision, side = self.model.config.vision_config, self.patch_grid[0]
+        canvas = select_best_resolution(size, self.model.config.image_grid_pinpoints)
+        rows, columns = (edge // vision.image_size * side for edge in canvas)
+        cells = unpad_image(torch.arange(rows * columns).view(1, rows, columns), size)[0]
+        drawn = get_patch_output_size(np.broadcast_to(0, (*size, 1)), canvas, "channels_last")
+        place = [
+            (((cell + 0.5) * vision.patch_size - (whole - edge) // 2) / edge * side).long().clamp(0, side - 1)
+            for cell, whole, edge in zip((cells // columns, cells % columns), canvas, drawn, strict=True)
+        ]
+        tile = torch.stack([place[0] * side + place[1], torch.ones_like(cells)])
+        newline = torch.tensor([-1, 2])[:, None, None].expand(2, len(cells), 1)
+        tile = torch.cat([tile, newline] if reading == "corrected" else [newline, tile], 2)
+        base = torch.arange(side**2)
+        return torch.cat([torch.stack([base, torch.zeros_like(base)]), tile.flatten(1)], 1)
 
 
 class CaptionerAdapter(Adapter):
@@ -251,25 +325,16 @@ class ChameleonAdapter(Adapter):
             return super().prompt(question, image)
         return f"{self.processor.image_token if image else ''}{question}{self.tokenizer.sep_token}"
 
-    def encode(self, texts, images=None) -> dict[str, Tensor]:
-        """As `Adapter.encode`. InputError also for a text without exactly one place for its image, or too long a one
-        (cutting it could cut the image)."""
-        places = [text.count(self.processor.image_token) for text in texts]
-        for i, count in enumerate(places):
-            if count != (images is not None):
-                given = "one image" if images is not None else "no image"
-                raise InputError(f"text {i} has {count} {self.processor.image_token} but is given {given}")
-        inputs = super().encode(texts, images)
-        length, context = inputs["input_ids"].shape[1], self.config.max_position_embeddings
-        if images is not None and length > context:
-            raise InputError(f"a text with its image has {length} tokens but {self.name} reads {context}: shorten it")
-        return inputs
-
     def image_mask(self, input_ids):
         return torch.isin(input_ids, self._image_ids.to(input_ids.device))
 
 
-FAMILIES = {"chameleon": ChameleonAdapter, "llava": LlavaAdapter, "vision-encoder-decoder": CaptionerAdapter}
+FAMILIES = {
+    "chameleon": ChameleonAdapter,
+    "llava": LlavaAdapter,
+    "llava_next": LlavaNextAdapter,
+    "vision-encoder-decoder": CaptionerAdapter,
+}
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False) -> Adapter:
