@@ -99,8 +99,8 @@ def stream(
     """Residuals of the kept tokens, one TokenBatch per input batch, all layers from one pass.
 
     ``keep``: image tokens, text tokens (special ones such as BOS only with ``keep_special``), all, or per sample the
-    first text token after the image (paper A's "EoI"), all after it (special ones too), or the last token (all that paper B's code kept of a caption,
-    METHODS B.1 b). Padding is never kept. ``as_published`` takes the block's input,
+    first text token after the image (paper A's "EoI"), all after it (special ones too), or the last token (all that
+    paper B's code kept of a caption, METHODS B.1 b). Padding is never kept. ``as_published`` takes the block's input,
     and as image tokens a fixed range of positions from 4 on, whatever they are (METHODS A.3 a, b).
     """
     layers = list(layers)

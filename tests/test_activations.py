@@ -119,6 +119,15 @@ def test_after_image_is_the_first_token_after_the_last_patch(llava, image_batche
     assert torch.equal(after.position, image.position[3::4] + 1) and not after.is_image.any()
 
 
+def test_all_after_image_are_the_text_tokens_behind_it(llava, image_batches):
+    text = next(activations.stream(llava, image_batches(), [0], "text", keep_special=True))
+    image = next(activations.stream(llava, image_batches(), [0]))
+    behind = next(activations.stream(llava, image_batches(), [0], "all_after_image"))
+    later = text.position > image.position[3::4][text.sample - text.sample[0]]
+    assert later.any() and torch.equal(behind.position, text.position[later])
+    assert torch.equal(behind.token, text.token[later])
+
+
 def test_as_published_takes_fixed_positions_for_the_image(llava, image_batches):
     out = next(activations.stream(llava, image_batches(), [2], reading="as_published"))
     assert out.position.tolist() == [4, 5, 6, 7] * 4 and out.patch.tolist() == [0, 1, 2, 3] * 4
