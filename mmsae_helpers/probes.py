@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,18 +22,6 @@ from mmsae_helpers.errors import InputError
 
 RELATIVE_ALPHAS = (30.0, 10.0, 3.0, 1.0, 0.1, 0.01)  # times n_train: a standardised feature's squared norm
 SHRINKAGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # added to the covariance of standardised features
-
-
-class Prediction(NamedTuple):
-    """What a probe said of the test part, and what is true, both [n_test] class ids; the penalty it used."""
-
-    predicted: np.ndarray
-    truth: np.ndarray
-    alpha: float
-
-    @property
-    def macro_f1(self) -> float:
-        return macro_f1(self.truth, self.predicted)
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -78,14 +65,13 @@ def splits(y: np.ndarray, train_parts: int, test_parts: int, seed: int) -> tuple
 
 def probe(X, y, train_idx, test_idx, **options) -> float:
     """Macro F1 on the test rows of a linear classifier fitted on the training rows; see `predict`."""
-    return predict(X, y, train_idx, test_idx, **options).macro_f1
+    return macro_f1(np.asarray(y)[test_idx], predict(X, y, train_idx, test_idx, **options))
 
 
-def predict(
-    X, y, train_idx, test_idx, classifier="lda", standardise="train", alpha: float | str = "auto"
-) -> Prediction:
-    """Fit a linear classifier on rows train_idx of X [n, d] (dense or csr), class ids y; apply to test_idx.
+def predict(X, y, train_idx, test_idx, classifier="lda", standardise="train", alpha="auto") -> np.ndarray:
+    """Class ids [n_test] that a linear classifier fitted on rows train_idx of X [n, d] (dense or csr) gives test_idx.
 
+    y: class ids [n].
     classifier: "lda", discriminant analysis (scikit-learn's with shrinkage), alpha on the covariance's diagonal, or
         scikit-learn's "ridge" (twice as slow) or "logistic" (C = 1 / alpha; up to ten times slower).
     standardise: mean 0, variance 1 by the training rows, or by "all" rows as paper A's code (METHODS A.3 c).
@@ -96,7 +82,7 @@ def predict(
         return _predict(X, y, train_idx, test_idx, classifier, standardise, alpha)
 
 
-def _predict(X, y, train_idx, test_idx, classifier="lda", standardise="train", alpha="auto") -> Prediction:
+def _predict(X, y, train_idx, test_idx, classifier="lda", standardise="train", alpha="auto") -> np.ndarray:
     """`predict` with as many threads as there are: `grid` limits them once, as changing that while another
     thread is inside a BLAS call can hang it."""
     fits = {"ridge": _ridge, "lda": _lda, "logistic": _logistic}
@@ -106,33 +92,33 @@ def _predict(X, y, train_idx, test_idx, classifier="lda", standardise="train", a
     y = np.asarray(y)
     train = X[train_idx]
     train = (train.toarray() if sp.issparse(train) else train).astype(np.float32)
-    # which finds the mean all the same, of sparse features too; a constant column gets deviation 1
+    # it finds the mean all the same, of sparse features too; a constant column gets deviation 1
     scaler = StandardScaler(with_mean=False).fit(X if standardise == "all" else train)
     mean, deviation = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
     varies = np.ptp(train, axis=0) > 0  # a feature that does not vary in training gets no weight
     used = np.flatnonzero(varies) if varies.any() else np.arange(len(varies))
     train = (train[:, used] - mean[used]) / deviation[used]
     classes, target = np.unique(y[train_idx], return_inverse=True)
-    fitted, bias, alpha = fits[classifier](train, target, alpha)
+    fitted, bias = fits[classifier](train, target, alpha)
     weights = np.zeros((len(mean), fitted.shape[1]), np.float32)
     weights[used] = fitted / deviation[used, None]
     scores = X[test_idx] @ weights + (bias - mean @ weights).astype(np.float32)
-    return Prediction(classes[scores.argmax(1)], y[test_idx], float(alpha))
+    return classes[scores.argmax(1)]
 
 
-def _ridge(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray, float]:
-    """One against all, least squares on targets -1 and 1: (W [d, k], bias [k], alpha)."""
+def _ridge(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray]:
+    """One against all, least squares on targets -1 and 1: (W [d, k], bias [k])."""
     if alpha == "auto":
         alphas, held = [a * len(Z) for a in RELATIVE_ALPHAS], _every_fifth(target)
         tries = (RidgeClassifier(alpha=a).fit(Z[~held], target[~held]) for a in alphas)
         alpha = alphas[int(np.argmax([model.score(Z[held], target[held]) for model in tries]))]
-    return *_weights(RidgeClassifier(alpha=alpha).fit(Z, target)), alpha
+    return _weights(RidgeClassifier(alpha=alpha).fit(Z, target))
 
 
-def _logistic(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray, float]:
+def _logistic(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray]:
     alpha = 1.0 if alpha == "auto" else alpha
     # three times the default tolerance: half the time, Macro F1 within .02 of the optimum's
-    return *_weights(LogisticRegression(C=1 / alpha, max_iter=1000, tol=3e-4).fit(Z, target)), alpha
+    return _weights(LogisticRegression(C=1 / alpha, max_iter=1000, tol=3e-4).fit(Z, target))
 
 
 def _weights(model) -> tuple[np.ndarray, np.ndarray]:
@@ -149,15 +135,14 @@ def _every_fifth(target: np.ndarray) -> np.ndarray:
     return held
 
 
-def _lda(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Gaussian classes with one covariance, alpha added to its diagonal: (W [d, k], bias [k], alpha)."""
+def _lda(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian classes with one covariance, alpha added to its diagonal: (W [d, k], bias [k])."""
     n_classes, held = target.max() + 1, _every_fifth(target)
     if alpha == "auto":
         tries = _discriminants(Z[~held], target[~held], n_classes, SHRINKAGES, np.float32)
         hits = [np.mean((Z[held] @ weights + bias).argmax(1) == target[held]) for weights, bias in tries]
         alpha = SHRINKAGES[int(np.argmax(hits))]
-    [(weights, bias)] = _discriminants(Z, target, n_classes, [alpha], np.float64)
-    return weights, bias, alpha
+    return next(_discriminants(Z, target, n_classes, [alpha], np.float64))
 
 
 def _discriminants(Z: np.ndarray, target: np.ndarray, n_classes: int, alphas, dtype):
@@ -185,7 +170,7 @@ def _solve(gram: np.ndarray, right: np.ndarray, alpha: float, dtype=np.float64) 
 def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, progress=True, **options) -> pd.DataFrame:
     """Macro F1 of every feature matrix x split (train_parts, test_parts) x seed; one core works on each fit.
 
-    Columns: name (the key in `features`), train_parts, test_parts, seed, macro_f1, alpha.
+    Columns: name (the key in `features`), train_parts, test_parts, seed, macro_f1.
     """
     from tqdm import tqdm
 
@@ -194,9 +179,10 @@ def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, progress
 
     def run(task):
         name, part, seed = task
-        result = _predict(features[name], y, *split[part, seed], **options)
-        return (name, *part, seed, result.macro_f1, result.alpha)
+        train, test = split[part, seed]
+        return (name, *part, seed, macro_f1(y[test], _predict(features[name], y, train, test, **options)))
 
+    y = np.asarray(y)
     with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = list(tqdm(pool.map(run, tasks), "probes", len(tasks), mininterval=1, disable=not progress))
-    return pd.DataFrame(rows, columns=["name", "train_parts", "test_parts", "seed", "macro_f1", "alpha"])
+    return pd.DataFrame(rows, columns=["name", "train_parts", "test_parts", "seed", "macro_f1"])
