@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from mmsae_helpers.errors import InputError, first_line
 
 EMBEDDED = "tinyworld"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+PLACEHOLDER = "<image>"
 _TEXTS = ("caption", "question", "answer")
 _ALIASES = {"image": ("image", "img"), "fine_label": ("fine_label", "label"), "caption": ("caption", "text")}
 
@@ -74,6 +76,21 @@ class ImageData(NamedTuple):
         return tiles.mean((2, 4)).reshape(n, -1)
 
 
+class Interleaved(NamedTuple):
+    """A document whose text has one `PLACEHOLDER` an image."""
+
+    text: str
+    images: list[PIL.Image.Image]
+
+
+class Documents(list):
+    """A list of `Interleaved`, and in ``skipped`` what was left out because an image could not be had."""
+
+    def __init__(self, documents=(), skipped=()):
+        super().__init__(documents)
+        self.skipped: list[str] = list(skipped)
+
+
 def _words(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
@@ -123,6 +140,95 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
         few = f"{name} has {len(texts)} documents but {count} are needed"
         raise InputError(f"{few}: lower the number in the parameters")
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
+
+
+def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> Documents:
+    """``count`` documents of text and images: ``tinyworld``, or a hub id or ``.parquet`` file laid out as OBELICS.
+
+    There, columns ``texts`` and ``images`` have equally long rows with None in one where the other has an item; an
+    image is a URL, a path or the file itself. Documents with an image that cannot be had, or with none at all, are left
+    out and listed in ``skipped``. Raises InputError where there are fewer than ``count``.
+    """
+    if name == EMBEDDED:
+        from mmsae_helpers.tinyworld.dataset import SPLITS
+        from mmsae_helpers.tinyworld.dataset import interleaved as make
+
+        if split not in SPLITS:
+            raise InputError(f"the embedded world has no split {split!r}: there are {', '.join(SPLITS)}")
+        return Documents(Interleaved(*document) for document in make(count, seed, split))
+    rows = _open(name, split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
+    if missing := {"texts", "images"} - set(rows.column_names or ["texts", "images"]):
+        raise InputError(f"{name} has no column {' and '.join(sorted(missing))}: it has {', '.join(rows.column_names)}")
+    found = Documents()
+    for i, row in enumerate(rows):
+        if len(found) == count:
+            break
+        try:
+            images = [_fetched(source) for source in row["images"] if source is not None]
+        except Exception as error:  # the network, the file system and Pillow raise dozens of kinds
+            found.skipped.append(f"row {i}: {first_line(error)}")
+            continue
+        if not images:
+            found.skipped.append(f"row {i}: no image")
+            continue
+        parts = zip(row["texts"], row["images"], strict=True)
+        found.append(Interleaved(" ".join(PLACEHOLDER if t is None else t for t, s in parts if t or s), images))
+    if len(found) < count:
+        few = f"{name} has {len(found)} documents with all their images but {count} are needed"
+        raise InputError(f"{few} ({len(found.skipped)} left out): lower the number in the parameters")
+    return found
+
+
+def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, *, start=0, stop=None, max_tokens=None):
+    """Model inputs for documents ``start`` to ``stop``, cut at ``max_tokens`` (the model's context by default).
+
+    An image that does not fit whole is left out with all that follows it. Raises InputError where nothing is left.
+    """
+    stop = len(documents) if stop is None else stop
+    limit, token = max_tokens or adapter.config.max_position_embeddings, PLACEHOLDER
+    if adapter.image_token_id is not None:
+        token = adapter.tokenizer.convert_ids_to_tokens(adapter.image_token_id)
+    for first in range(start, stop, batch_size):
+        rows = range(first, min(first + batch_size, stop))
+        texts = [documents[i].text.replace(PLACEHOLDER, token) for i in rows]
+        inputs = adapter.encode(texts, [documents[i].images for i in rows], fits=False)
+        yield Inputs(torch.tensor(rows), _cut(adapter, inputs, limit, first))
+
+
+def _cut(adapter, inputs: dict[str, torch.Tensor], limit: int, first: int) -> dict[str, torch.Tensor]:
+    """Inputs of at most ``limit`` tokens a row without a part of an image at the end."""
+    mask = inputs["attention_mask"]
+    if mask.shape[1] <= limit:
+        return inputs
+    is_image, patch, part = adapter.geometry(inputs)
+    begins = (patch == 0) & (part == 0)  # the first token of each image
+    order = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    torn = is_image[:, limit] & is_image[:, limit - 1] & ~begins[:, limit]
+    start_of_last = torch.where(begins & (order < limit), order, -1).amax(1)
+    keep = torch.where(torn, start_of_last, limit)
+    if keep.min() < 2:  # no more than BOS
+        at = first + int(keep.argmin())
+        raise InputError(f"document {at} begins with an image that is longer than {limit} tokens: allow more tokens")
+    whole = (order[begins] < keep[:, None].expand_as(mask)[begins]).cpu()  # [images], in reading order
+    short = {k: v[:, :limit].clone() for k, v in inputs.items() if v.shape == mask.shape}
+    beyond = order[:, :limit] >= keep[:, None]
+    short["attention_mask"][beyond] = 0
+    short["input_ids"][beyond] = adapter.tokenizer.pad_token_id
+    images = {k: v[whole.to(v.device)] for k, v in inputs.items() if k not in short}
+    return short | (images if whole.any() else {})
+
+
+def _fetched(source) -> PIL.Image.Image:
+    """The image at a URL or path, or in what datasets makes of an image column."""
+    if isinstance(source, PIL.Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, dict):
+        content = source["bytes"] or Path(source["path"]).read_bytes()
+    elif source.startswith(("http://", "https://")):
+        content = urllib.request.urlopen(source, timeout=20).read()
+    else:
+        content = Path(source).read_bytes()
+    return PIL.Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def batches(

@@ -50,6 +50,17 @@ def make_dataset(split: str, per_class: int | None = None, seed: int = 0, size: 
     return Dataset.from_list([_row(*item) for item in iter_split(split, per_class, seed, size)], features=features)
 
 
+def interleaved(count: int, seed: int, split: str) -> list[tuple[str, list[PILImage.Image]]]:
+    """Documents of one or two square scenes: sentences with ``<image>`` where a picture stands, and the pictures."""
+    out = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, 9, _SPLIT_KEY[split], index])
+        chosen = [scenes.sample_scene(rng) for _ in range(rng.integers(1, 3))]
+        text = language.SEPARATOR.join(language.interleaved(scene, rng) for scene in chosen)
+        out.append((text, [PILImage.fromarray(scenes.render(scene, rng)[0]) for scene in chosen]))
+    return out
+
+
 def _row(scene, image, mask, rng) -> dict:
     question, answer = language.question_answer(scene, rng)
     return {
