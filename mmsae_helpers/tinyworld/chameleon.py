@@ -40,7 +40,7 @@ CODES = OBJECT_CODES + GROUND_CODES
 READ = ("shape", "color", "size", "ground")
 WIDTH = sum(len(ATTRIBUTES[name]) for name in READ) + 1
 ON_OBJECT = 0.25  # of a patch's pixels
-CONTEXT = 256
+CONTEXT = 320  # two pictures with five sentences each
 IMAGE, BOI, EOI, SEPARATOR = "<image>", "<racm3:break>", "<eoss>", "<reserved08706>"  # names of the 7B's tokenizer
 
 
@@ -210,10 +210,9 @@ def train_language(model, scenes, image_codes: np.ndarray, *, steps: int, batch:
         kind = rng.random()
         if kind < 0.25:
             return write(language.document(sample_scene(rng), rng).text)
-        i = int(rng.integers(len(scenes)))
         if kind < 0.5:
-            return write(language.interleaved(scenes[i], rng), i)
-        return _chat(write, scenes[i], rng, i)
+            return _interleaved(write, scenes, rng)
+        return _chat(write, scenes, rng)
 
     return _train(model, draw, rng, steps=steps, batch=batch, lr=2e-3, name="chameleon", image_loss=False)
 
@@ -228,32 +227,40 @@ def train_anole(model, scenes, image_codes: np.ndarray, *, steps: int, batch: in
     def draw():
         kind, i = rng.random(), int(rng.integers(len(scenes)))
         if kind < 0.6:
-            return write(language.question_answer(scenes[i], rng, "describe")[1] + f" . {IMAGE}", i)
+            return write(language.question_answer(scenes[i], rng, "describe")[1] + f" . {IMAGE}", [i])
         if kind < 0.8:
-            return write(language.interleaved(scenes[i], rng), i)
-        return _chat(write, scenes[i], rng, i)
+            return _interleaved(write, scenes, rng)
+        return _chat(write, scenes, rng)
 
     return _train(model, draw, rng, steps=steps, batch=batch, lr=1e-3, name="anole", image_loss=True)
 
 
-def _chat(write, scene, rng, picture):
+def _interleaved(write, scenes, rng):
+    """One or two scenes, as `dataset.interleaved` writes them."""
+    chosen = rng.integers(len(scenes), size=rng.integers(1, 3)).tolist()
+    return write(language.SEPARATOR.join(language.interleaved(scenes[i], rng) for i in chosen), chosen)
+
+
+def _chat(write, scenes, rng):
     """A question about a picture and its answer; half of them ask for the whole description."""
-    ask = language.question_answer(scene, rng, "describe") if rng.integers(2) else language.any_question(scene, rng)
-    return write(f"{IMAGE} {ask[0]} {SEPARATOR} {ask[1]}", picture, answer_only=True)
+    i = int(rng.integers(len(scenes)))
+    describe = rng.integers(2)
+    ask = language.question_answer(scenes[i], rng, "describe") if describe else language.any_question(scenes[i], rng)
+    return write(f"{IMAGE} {ask[0]} {SEPARATOR} {ask[1]}", [i], answer_only=True)
 
 
 def _writer(model, scenes, image_codes, seed):
-    """A function from a text and its picture's index to (token ids, labels), and a random generator."""
+    """A function from a text and the indices of its pictures to (token ids, labels), and a random generator."""
     words = make_tokenizer()
     mapping = model.model.vocabulary_mapping.img2bpe
     as_words = np.vectorize(mapping.get)(image_codes).tolist()
     image, boi, eoi, separator = words.convert_tokens_to_ids([IMAGE, BOI, EOI, SEPARATOR])
 
-    def write(text, picture=None, answer_only=False):
+    def write(text, pictures=(), answer_only=False):
         ids = words.encode(text) + [words.eos_token_id]
-        if picture is not None:
+        for picture in pictures:
             at = ids.index(image)
-            ids = [*ids[:at], boi, *as_words[picture], eoi, *ids[at + 1 :]]
+            ids[at : at + 1] = [boi, *as_words[picture], eoi]
         start = ids.index(separator) + 1 if answer_only else 0
         return ids, [IGNORE] * start + ids[start:]
 
