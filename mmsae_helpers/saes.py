@@ -12,7 +12,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -456,7 +455,7 @@ def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, k
         target = (real & ~image)[:, 1:] & real[:, :-1]
         n_tokens += int(target.sum())
         for name, replacer in replacers.items():
-            with _spliced(adapter.blocks[layer], where, replacer):
+            with adapter.blocks[layer].register_forward_hook(_splice(where, replacer)):
                 logits = adapter.forward(inputs).logits[:, :-1][target].float()
             totals[name] += torch.nn.functional.cross_entropy(logits, ids[:, 1:][target], reduction="sum").item()
     if not n_tokens:
@@ -468,9 +467,8 @@ def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, k
     }
 
 
-@contextmanager
-def _spliced(block, where: torch.Tensor, replacer):
-    """While open, the block's output at the tokens `where` [B, T] is replacer(output [n, d])."""
+def _splice(where: torch.Tensor, replacer):
+    """Hook after which a block's output at the tokens `where` [B, T] is replacer(output [n, d])."""
 
     def hook(_module, _inputs, output):
         hidden = output[0] if isinstance(output, tuple) else output
@@ -478,8 +476,4 @@ def _spliced(block, where: torch.Tensor, replacer):
         hidden[where] = replacer(hidden[where])
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hook
