@@ -14,7 +14,7 @@ import torch
 
 from mmsae_helpers.errors import InputError
 
-Keep = Literal["image", "text", "all", "after_image", "all_after_image", "last"]
+Keep = Literal["image", "text", "content", "all", "after_image", "all_after_image", "last"]
 Reading = Literal["corrected", "as_published"]
 PUBLISHED_IMAGE_START = 4  # paper A's code took image tokens as positions 4 to 579 (METHODS A.3 b)
 
@@ -35,6 +35,11 @@ class TokenBatch(NamedTuple):
     token: torch.Tensor  # input id [N] int64
     is_image: torch.Tensor  # [N] bool
     patch: torch.Tensor  # patch of the base image, row * columns + column [N] int64; -1 for text and newline tokens
+
+    def rows(self, mask: torch.Tensor) -> "TokenBatch":
+        """The tokens where ``mask`` [N] is true."""
+        acts, *beside = self
+        return TokenBatch({layer: x[mask] for layer, x in acts.items()}, *(x[mask] for x in beside))
 
 
 class Means(NamedTuple):
@@ -98,10 +103,10 @@ def stream(
 ) -> Iterator[TokenBatch]:
     """Residuals of the kept tokens, one TokenBatch per input batch, all layers from one pass.
 
-    ``keep``: image tokens, text tokens (special ones such as BOS only with ``keep_special``), all, or per sample the
-    first text token after the image (paper A's "EoI"), all after it (special ones too), or the last token (all that
-    paper B's code kept of a caption, METHODS B.1 b). Padding is never kept. ``as_published`` takes the block's input,
-    and as image tokens a fixed range of positions from 4 on, whatever they are (METHODS A.3 a, b).
+    ``keep``: image tokens; text tokens (special ones such as BOS only with ``keep_special``); both, as "content"; all;
+    or per sample the first text token after the image (paper A's "EoI"), all after it (special ones too), or the last
+    token (all that paper B's code kept of a caption, METHODS B.1 b). Padding is never kept. ``as_published`` takes the
+    block's input, and as image tokens a fixed range of positions from 4 on, whatever they are (METHODS A.3 a, b).
     """
     layers = list(layers)
     _check("keep", keep, Keep)
@@ -164,7 +169,7 @@ def _kept(adapter, inputs, is_image: torch.Tensor, keep: Keep, keep_special: boo
     text = real & ~is_image
     if not keep_special:
         text &= ~torch.isin(ids, torch.tensor(sorted(adapter.tokenizer.all_special_ids), device=ids.device))
-    return text
+    return text | (real & is_image) if keep == "content" else text
 
 
 def _check(name: str, value: str, allowed) -> None:

@@ -15,6 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -48,9 +49,13 @@ class Tokens:
         self.layers, self.shard_samples = sorted(set(layers)), shard_samples
         self.stored = {**description, "stored_dtype": "float32"}
         self.folder = folder and Path(folder) / fingerprint(self.stored)[:16]
-        self.computed = self.reused = 0
+        self.computed, self.reused, self.image = 0, 0, None
 
     def __iter__(self) -> Iterator[TokenBatch]:
+        whole = self._whole()
+        return whole if self.image is None else (b.rows(b.is_image == self.image) for b in whole)
+
+    def _whole(self) -> Iterator[TokenBatch]:
         if not self.folder:
             yield from self.make(0, self.n_samples, self.layers)
             return
@@ -63,6 +68,12 @@ class Tokens:
         starts = range(0, self.n_samples, self.shard_samples)
         for start in tqdm(starts, "activations", mininterval=1, disable=not shown):
             yield self._shard(start, min(start + self.shard_samples, self.n_samples))
+
+    def only(self, image: bool) -> "Tokens":
+        """The image tokens of this pass, or all others, from the same shards."""
+        part = copy(self)
+        part.image, part.description = image, {**self.description, "image": image}
+        return part
 
     def _shard(self, start: int, stop: int) -> TokenBatch:
         name = f"samples_{start:06d}-{stop:06d}.safetensors"
@@ -156,10 +167,13 @@ def of_images(
 def of_texts(
     folder, adapter, texts, layers, *, batch_size, keep="text", reading="corrected", max_tokens=None
 ) -> Tokens:
-    """Tokens of text-only documents; ``folder`` None does not store them."""
+    """Tokens of documents, text-only or `data.Interleaved`; ``folder`` None does not store them."""
     texts = list(texts)
-    batches = partial(data.text_batches, adapter, texts, batch_size, max_tokens=max_tokens)
-    about = {"texts": fingerprint(texts), "max_tokens": max_tokens}
+    interleaved = bool(texts) and isinstance(texts[0], data.Interleaved)
+    make = data.interleaved_batches if interleaved else data.text_batches
+    batches = partial(make, adapter, texts, batch_size, max_tokens=max_tokens)
+    content = [[t.text, *(hashlib.sha256(i.tobytes()).hexdigest() for i in t.images)] for t in texts if interleaved]
+    about = {"texts": fingerprint(content or texts), "max_tokens": max_tokens}
     return _tokens(adapter, batches, about, layers, keep, reading, len(texts), folder)
 
 
