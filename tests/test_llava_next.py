@@ -18,7 +18,7 @@ from transformers import (
     MistralConfig,
 )
 
-from mmsae_helpers import activations, data
+from mmsae_helpers import activations, cache, data
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.models import LlavaAdapter, LlavaNextAdapter
 from mmsae_helpers.tinyworld import dataset, llava_next, scenes
@@ -268,3 +268,15 @@ def test_wide_scenes_keep_their_objects_size():
             assert mask.any(0).sum() >= radius and mask.sum() < (2.6 * 16) ** 2
             column = mask.any(0).nonzero()[0].mean() / size[1]
             assert abs(column - (0.18, 0.5, 0.82)[scenes.ATTRIBUTES["horizontal"].index(scene.horizontal)]) < 0.2
+
+
+def test_interleaved_tokens_are_stored_and_found(tiny, tmp_path):
+    documents = data.interleaved("tinyworld", 4, seed=2)
+    tokens, again = (cache.of_texts(tmp_path, tiny, documents, [1], batch_size=2, keep="all") for _ in range(2))
+    first, second = next(iter(tokens)), next(iter(again))
+    assert tokens.computed == 1 and again.reused == 1
+    assert torch.equal(first.acts[1], second.acts[1]) and torch.equal(first.patch, second.patch)
+    assert first.is_image.sum() == 136 * sum(len(d.images) for d in documents) and (~first.is_image).any()
+    documents[0].images[0] = noise(64, 64)
+    other = cache.of_texts(tmp_path, tiny, documents, [1], batch_size=2, keep="all")
+    assert other.folder != tokens.folder

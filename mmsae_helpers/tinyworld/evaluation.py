@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image as PILImage
 
 from mmsae_helpers import data
-from mmsae_helpers.tinyworld import language
-from mmsae_helpers.tinyworld.scenes import ATTRIBUTES
+from mmsae_helpers.tinyworld import dataset, language
+from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, sample_scene
 
 
 class TextLoss(NamedTuple):
@@ -48,10 +49,44 @@ def attribute_hits(texts: list[str], dataset) -> dict[str, np.ndarray]:
     return hits | {"fine class": hits["shape"] & hits["color"]}
 
 
+def question_accuracy(
+    adapter, count: int, *, seed: int, size: tuple[int, int] | None = None, batch_size: int = 100
+) -> dict[str, float]:
+    """Share of questions that are answered word for word, by kind, ``count`` each, on held-out pictures of ``size``.
+
+    The kinds are those of ``QUESTIONS`` and, where the tokenizer knows the words, numbered choices: ``choice shape``,
+    ``shuffled shape`` and so on. ``size`` None asks about a text instead of a picture.
+    """
+    rng = np.random.default_rng([seed, 10])
+    if size is None:
+        drawn = [sample_scene(rng) for _ in range(count)]
+        shown = None
+    else:
+        drawn, pixels, _ = dataset.arrays("test", -(-count // 100), seed, size)
+        shown = [PILImage.fromarray(image) for image in pixels[:count]]
+    asked = {k: lambda scene, k=k: language.question_answer(scene, rng, k) for k in language.QUESTIONS}
+    if set(language.CHOICE_WORDS) <= set(adapter.tokenizer.get_vocab()):
+        for k in language.CHOICES:
+            asked[f"choice {k}"] = lambda scene, k=k: language.choice_question(scene, rng, k, False)
+            asked[f"shuffled {k}"] = lambda scene, k=k: language.choice_question(scene, rng, k, True)
+    out = {}
+    for kind, ask in asked.items():
+        questions, wanted = zip(*map(ask, drawn[:count]), strict=True)
+        if shown is None:
+            about = [f"{language.complete_document(scene, rng)} " for scene in drawn]
+            prompts = [adapter.prompt(a + q, image=False) for a, q in zip(about, questions, strict=True)]
+        else:
+            prompts = [adapter.prompt(q) for q in questions]
+        given = []
+        for i in range(0, count, batch_size):
+            rows = slice(i, i + batch_size)
+            given += adapter.answer(adapter.encode(prompts[rows], shown and shown[rows]))
+        out[kind] = float(np.mean([g == w for g, w in zip(given, wanted, strict=True)]))
+    return out
+
+
 def reading_accuracy(adapter, count: int, *, seed: int, batch_size: int = 250) -> tuple[float, int]:
     """Share of questions about a text that the instruction-tuned model answers word for word, and their number."""
-    from mmsae_helpers.tinyworld.scenes import sample_scene
-
     rng = np.random.default_rng([seed, 8])
     prompts, wanted = [], []
     for _ in range(count):
