@@ -454,9 +454,12 @@ def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, k
         where = real & ~torch.isin(ids, special) & {"all": real, "text": ~image, "image": image}[keep]
         target = (real & ~image)[:, 1:] & real[:, :-1]
         n_tokens += int(target.sum())
+        # The first pass holds the block's output for the others, which so need not read the images again.
+        held, words = [], {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         for name, replacer in replacers.items():
-            with adapter.blocks[layer].register_forward_hook(_splice(where, replacer)):
-                logits = adapter.forward(inputs).logits[:, :-1][target].float()
+            with adapter.blocks[layer].register_forward_hook(_splice(where, replacer, held)):
+                again = words if held and adapter.image_token_id is not None else inputs
+                logits = adapter.forward(again).logits[:, :-1][target].float()
             totals[name] += torch.nn.functional.cross_entropy(logits, ids[:, 1:][target], reduction="sum").item()
     if not n_tokens:
         raise InputError(f"no text tokens to measure the loss on (layer {layer})")
@@ -467,12 +470,13 @@ def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, k
     }
 
 
-def _splice(where: torch.Tensor, replacer):
-    """Hook after which a block's output at the tokens `where` [B, T] is replacer(output [n, d])."""
+def _splice(where: torch.Tensor, replacer, held: list):
+    """Hook: a block's output becomes that in `held` (the first one it sees), at the tokens `where` [B, T] replaced."""
 
     def hook(_module, _inputs, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden.clone()
+        if not held:
+            held.append(output[0] if isinstance(output, tuple) else output)
+        hidden = held[0].clone()
         hidden[where] = replacer(hidden[where])
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
