@@ -7,13 +7,11 @@ which (kind "predicts") a feature's mean activation is largest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from mmsae_helpers.errors import InputError
 from mmsae_helpers.features import OccurrenceCounter, encode, max_per_sample, retrieve_top1, share_on_object
 from mmsae_helpers.workers import crew
 
@@ -42,8 +40,6 @@ class WordMeans:
         for kind, ids in zip(KINDS, (np.asarray(current), np.asarray(following)), strict=True):
             n_words = len(self.counts[kind])
             rows = np.flatnonzero(ids >= 0)
-            if len(rows) and ids[rows].max() >= n_words:
-                raise InputError(f"token id {ids[rows].max()} is outside the vocabulary of {n_words} words")
             of_word = sp.csr_matrix((np.ones(len(rows)), (ids[rows], rows)), shape=(n_words, len(ids)))
             self.sums[kind] = self.sums[kind] + of_word @ features
             self.counts[kind] += np.bincount(ids[rows], minlength=n_words)
@@ -136,32 +132,22 @@ def shuffle(labels: pd.DataFrame, seed: int) -> pd.DataFrame:
     return labels.assign(label=np.random.default_rng(seed).permutation(labels["label"].to_numpy()))
 
 
-class Detection(NamedTuple):
-    """How well a score ranks the samples that are true; nan where none or all are."""
-
-    average_precision: float
-    auroc: float
-    precision_at_k: float
-    base_rate: float
-
-
 def detection(max_acts: np.ndarray, truth: np.ndarray, k: int = 200) -> pd.DataFrame:
-    """Each column of `max_acts` [S, F] as a detector of that of `truth` [S, F] bool: a row of Detection.
+    """Each column of `max_acts` [S, F] as a detector of that of `truth` [S, F] bool: a row of measures.
 
-    Average precision and AUROC are scikit-learn's, tied scores counting as one threshold; precision at k
-    takes the k samples of largest score, ties by the lowest sample index.
+    average_precision and auroc are scikit-learn's (whose calls take far longer), tied scores counting as one threshold;
+    precision_at_k takes the k samples of largest score, ties by the lowest sample index; base_rate is the share that is
+    true. All but the last are nan where none or all samples are true.
     """
-    max_acts, truth = np.asarray(max_acts), np.asarray(truth, dtype=bool)
-    if max_acts.shape != truth.shape:
-        raise InputError(f"detection: scores are {max_acts.shape}, the truth is {truth.shape}")
-    rows = [_detection(score, true, k) for score, true in zip(max_acts.T, truth.T, strict=True)]
-    return pd.DataFrame(rows, columns=Detection._fields, dtype=float)
+    columns = zip(np.asarray(max_acts).T, np.asarray(truth, dtype=bool).T, strict=True)
+    names = ["average_precision", "auroc", "precision_at_k", "base_rate"]
+    return pd.DataFrame([_detection(score, true, k) for score, true in columns], columns=names, dtype=float)
 
 
-def _detection(score: np.ndarray, true: np.ndarray, k: int) -> Detection:
+def _detection(score: np.ndarray, true: np.ndarray, k: int) -> tuple[float, float, float, float]:
     n_samples, n_true = len(true), int(true.sum())
     if n_true in (0, n_samples):
-        return Detection(np.nan, np.nan, np.nan, n_true / max(n_samples, 1))
+        return np.nan, np.nan, np.nan, n_true / max(n_samples, 1)
     order = np.argsort(-score, kind="stable")
     score, true = score[order], true[order]
     last_of_tie = np.r_[np.flatnonzero(np.diff(score)), n_samples - 1]
@@ -170,4 +156,4 @@ def _detection(score: np.ndarray, true: np.ndarray, k: int) -> Detection:
     average_precision = np.sum(np.diff(hits, prepend=0) * hits / chosen) / n_true
     false = np.r_[0, chosen - hits]
     auroc = np.trapezoid(np.r_[0, hits], false) / (n_true * (n_samples - n_true))
-    return Detection(average_precision, auroc, true[:k].mean(), n_true / n_samples)
+    return average_precision, auroc, true[:k].mean(), n_true / n_samples
