@@ -113,6 +113,16 @@ def test_text_leaves_out_special_and_image_tokens(llava, gemma, image_batches, t
     assert (with_special.token == 2).sum() == 4
 
 
+def test_content_is_text_and_image_tokens_and_divides_into_them(llava, image_batches):
+    content, text, image = (
+        next(activations.stream(llava, image_batches(), [0], k)) for k in ("content", "text", "image")
+    )
+    for part, mask in ((image, content.is_image), (text, ~content.is_image)):
+        some = content.rows(mask)
+        assert torch.equal(some.acts[0], part.acts[0])
+        assert all(torch.equal(x, y) for x, y in zip(some[1:], part[1:], strict=True))
+
+
 def test_after_image_is_the_first_token_after_the_last_patch(llava, image_batches):
     image = next(activations.stream(llava, image_batches(), [0]))
     after = next(activations.stream(llava, image_batches(), [0], "after_image"))

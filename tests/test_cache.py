@@ -44,6 +44,19 @@ def shards(root):
     return sorted(root.rglob("*.safetensors"))
 
 
+def test_one_modality_of_a_pass_comes_from_the_same_shards(tmp_path, llava, image_batches):
+    def make(start, stop, layers):
+        return activations.stream(llava, image_batches(start, stop, batch_size=2), layers, "content")
+
+    whole = tokens(tmp_path, make, [1])
+    n = sum(len(batch.token) for batch in whole)
+    images, words = whole.only(image=True), whole.only(image=False)
+    assert sum(len(b.token) for some in (images, words) for b in some) == n
+    assert all(b.is_image.all() for b in images) and not any(b.is_image.any() for b in words)
+    assert (images.computed, images.folder, whole.image) == (whole.computed, whole.folder, None)
+    assert len({str(some.description) for some in (whole, images, words)}) == 3
+
+
 def test_cached_equals_uncached_bit_for_bit(tmp_path, make):
     first = tokens(tmp_path, make, [1, 3], 4)
     computed = list(first)
