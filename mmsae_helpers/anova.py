@@ -98,14 +98,18 @@ def dense(pooled, shape: tuple[int, int, int], wanted) -> np.ndarray:
 
 def split(pooled, shape: tuple[int, int, int], wanted, *, n_shuffles: int = 0, seed=0, batch: int = 128) -> Split:
     """`two_way` of the features ``wanted`` of a csr (see `dense`) and of ``n_shuffles`` shuffles, a batch at a time."""
-    shares, null = [], []
+    eta, component, null = (
+        np.empty((len(wanted), 4)),
+        np.empty((len(wanted), 4)),
+        np.empty((n_shuffles, len(wanted), 4)),
+    )
     for start in range(0, len(wanted), batch):
-        values = dense(pooled, shape, wanted[start : start + batch])
-        shares.append(two_way(values))
-        null.append([two_way(shuffle(values, [seed, k])).component for k in range(n_shuffles)])
-    empty = np.empty((n_shuffles, 0, 4))
-    shares = Shares(*(np.concatenate([np.empty((0, 4)), *(one[i] for one in shares)]) for i in (0, 1)))
-    return Split(shares, np.concatenate([empty, *(np.reshape(n, (n_shuffles, -1, 4)) for n in null)], 1))
+        now = slice(start, start + batch)
+        values = dense(pooled, shape, wanted[now])
+        eta[now], component[now] = two_way(values)
+        for k in range(n_shuffles):
+            null[k, now] = two_way(shuffle(values, [seed, k])).component
+    return Split(Shares(eta, component), null)
 
 
 def explained(effects, values) -> np.ndarray:
