@@ -163,15 +163,25 @@ def _chameleon_tokenizer(root: Path, folder: Path, scale: float) -> None:
     np.save(folder / "codes.npy", chameleon.codes(model, images[:20_000]).astype(np.uint16))  # for the next two stages
 
 
-def _chameleon(root: Path, folder: Path, scale: float) -> None:
+def _chameleon_base(root: Path, folder: Path, scale: float) -> None:
     from transformers import ChameleonVQVAE
 
     from mmsae_helpers.tinyworld import chameleon, training
 
     image_tokenizer = ChameleonVQVAE.from_pretrained(root / "chameleon-tokenizer", dtype="float32").eval()
     model, pictures = chameleon.make_model(image_tokenizer), _coded_pictures(root)
-    curve = chameleon.train_language(model, *pictures, steps=int(2400 * scale))
+    curve = chameleon.train_language(model, *pictures, steps=int(2400 * scale), chats=0.5)
     training.save(model, folder, curve, **chameleon.code_scores(image_tokenizer))
+
+
+def _chameleon(root: Path, folder: Path, scale: float) -> None:
+    from transformers import ChameleonForConditionalGeneration
+
+    from mmsae_helpers.tinyworld import chameleon, training
+
+    model = ChameleonForConditionalGeneration.from_pretrained(root / "chameleon-base", dtype="float32")
+    curve = chameleon.train_language(model, *_coded_pictures(root), steps=int(1600 * scale), chats=0.7)
+    training.save(model, folder, curve, **chameleon.code_scores(model.model.vqmodel))
     chameleon.make_processor().save_pretrained(folder)
 
 
@@ -218,7 +228,8 @@ STAGES: dict[str, Stage] = {
     "llava-next": Stage(("clip-tiles", "mistral-it"), _llava_next, "llava-next"),
     "vit-gpt2": Stage(("clip",), _captioner, "captioner"),
     "chameleon-tokenizer": Stage(("clip",), _chameleon_tokenizer, "chameleon", ships=False),
-    "chameleon": Stage(("chameleon-tokenizer",), _chameleon, "chameleon"),
+    "chameleon-base": Stage(("chameleon-tokenizer",), _chameleon_base, "chameleon", ships=False),
+    "chameleon": Stage(("chameleon-tokenizer", "chameleon-base"), _chameleon, "chameleon"),
     "anole": Stage(("chameleon-tokenizer", "chameleon"), _anole, "chameleon"),
 }
 

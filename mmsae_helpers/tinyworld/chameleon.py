@@ -198,23 +198,23 @@ def make_model(image_tokenizer: ChameleonVQVAE) -> ChameleonForConditionalGenera
     return model
 
 
-def train_language(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 32) -> list[dict]:
+def train_language(model, scenes, image_codes: np.ndarray, *, steps: int, chats: float, batch: int = 32) -> list[dict]:
     """Train the language model on mixed documents, the image tokenizer frozen; returns the curve.
 
-    A quarter of the documents are text alone, a quarter sentences with their picture, half a chat about one; the loss
-    is on words, and of a chat on the answer alone.
+    A share ``chats`` of the documents are a question about a picture; of the rest half are text alone and half are
+    sentences with their pictures. The loss is on words, and of a chat on the answer alone.
     """
     write, rng = _writer(model, scenes, image_codes, 16)
 
     def draw():
-        kind = rng.random()
-        if kind < 0.25:
-            return write(language.document(sample_scene(rng), rng).text)
+        kind = (rng.random() - chats) / (1 - chats)
+        if kind < 0:
+            return _chat(write, scenes, rng)
         if kind < 0.5:
             return _interleaved(write, scenes, rng)
-        return _chat(write, scenes, rng)
+        return write(language.document(sample_scene(rng), rng).text)
 
-    return _train(model, draw, rng, steps=steps, batch=batch, lr=2e-3, name="chameleon", image_loss=False)
+    return _train(model, draw, rng, steps=steps, batch=batch, lr=2e-3, name=f"{chats:.0%} chats", image_loss=False)
 
 
 def train_anole(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 32) -> list[dict]:
