@@ -6,6 +6,7 @@ into the package.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -180,7 +181,8 @@ def _chameleon(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import chameleon, training
 
     model = ChameleonForConditionalGeneration.from_pretrained(root / "chameleon-base", dtype="float32")
-    curve = chameleon.train_language(model, *_coded_pictures(root), steps=int(1600 * scale), chats=0.7)
+    curve = json.loads((root / "chameleon-base" / "training.json").read_text())["curve"]
+    curve += chameleon.train_language(model, *_coded_pictures(root), steps=int(1600 * scale), chats=0.7)
     training.save(model, folder, curve, **chameleon.code_scores(model.model.vqmodel))
     chameleon.make_processor().save_pretrained(folder)
 
