@@ -18,10 +18,10 @@ from transformers import (
     MistralConfig,
 )
 
-from mmsae_helpers import activations, cache, data
+from mmsae_helpers import activations, cache, data, models
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.models import LlavaAdapter, LlavaNextAdapter
-from mmsae_helpers.tinyworld import dataset, llava_next, scenes
+from mmsae_helpers.tinyworld import dataset, evaluation, language, llava_next, scenes, tokenizer
 from mmsae_helpers.tinyworld.mistral import make_tokenizer
 
 PAPER_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -280,3 +280,43 @@ def test_interleaved_tokens_are_stored_and_found(tiny, tmp_path):
     documents[0].images[0] = noise(64, 64)
     other = cache.of_texts(tmp_path, tiny, documents, [1], batch_size=2, keep="all")
     assert other.folder != tokens.folder
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return models.load("tinyworld/llava-next", "cpu")
+
+
+@pytest.mark.parametrize(("shape", "bar"), [("square", 0.94), ("wide", 0.7)])  # 50 images: the shape of wide ones .84
+def test_the_shipped_model_answers(shipped, shape, bar):
+    images = dataset.make_dataset("test", 1, size=llava_next.SHAPES[shape]).select(range(0, 100, 2))
+    said = evaluation.answers(shipped, images, batch_size=50)
+    hits = {name: right.mean() for name, right in evaluation.attribute_hits(said, images).items()}
+    assert all(hits[name] >= (bar if name == "shape" else 0.9) for name in scenes.ATTRIBUTES), hits
+
+
+def test_padding_and_company_do_not_change_an_answer(shipped):
+    rng = np.random.default_rng(0)
+    drawn = [(scenes.sample_scene(rng), size) for size in llava_next.SHAPES.values()]
+    images = [Image.fromarray(scenes.render(scene, rng, size)[0]) for scene, size in drawn]
+    questions = ["what is it ?", "", language.choice_question(drawn[2][0], rng, "shape", False)[0], "where is it ?", ""]
+    prompts = [shipped.prompt(q) for q in questions]
+    together = shipped.answer(shipped.encode(prompts, images))
+    alone = [shipped.answer(shipped.encode([p], [i]))[0] for p, i in zip(prompts, images, strict=True)]
+    assert together == alone and together[2].isdigit()
+
+
+def test_a_choice_is_the_number_beside_the_truth():
+    rng = np.random.default_rng(0)
+    words, old = make_tokenizer(), tokenizer.make_tokenizer()
+    assert all(words.get_vocab()[word] == i for word, i in old.get_vocab().items())
+    orders = set()
+    for i in range(40):
+        scene = scenes.sample_scene(rng)
+        name = language.CHOICES[i % 2]
+        question, answer = language.choice_question(scene, rng, name, shuffled=i >= 20)
+        listed = question.removeprefix("choose the number ").split()
+        assert dict(zip(listed[::2], listed[1::2], strict=True))[answer] == getattr(scene, name)
+        assert listed[::2] == list("0123456789") and words.unk_token_id not in words.encode(question)
+        orders.add(tuple(listed))
+    assert len(orders) == 22
