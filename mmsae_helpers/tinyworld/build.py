@@ -170,21 +170,25 @@ def _chameleon_base(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import chameleon, training
 
     image_tokenizer = ChameleonVQVAE.from_pretrained(root / "chameleon-tokenizer", dtype="float32").eval()
-    model, pictures = chameleon.make_model(image_tokenizer), _coded_pictures(root)
-    curve = chameleon.train_language(model, *pictures, steps=int(2400 * scale), chats=0.5)
+    model, shares = chameleon.make_model(image_tokenizer), {"chats": 0.5, "choices": 0.125}
+    curve = chameleon.train_language(model, *_coded_pictures(root), steps=int(2400 * scale), lr=2e-3, **shares)
     training.save(model, folder, curve, **chameleon.code_scores(image_tokenizer))
 
 
-def _chameleon(root: Path, folder: Path, scale: float) -> None:
-    from transformers import ChameleonForConditionalGeneration
+def _chameleon_from(before: str, steps: int, chats: float, choices: float, lr: float):
+    def train(root: Path, folder: Path, scale: float) -> None:
+        from transformers import ChameleonForConditionalGeneration
 
-    from mmsae_helpers.tinyworld import chameleon, training
+        from mmsae_helpers.tinyworld import chameleon, training
 
-    model = ChameleonForConditionalGeneration.from_pretrained(root / "chameleon-base", dtype="float32")
-    curve = json.loads((root / "chameleon-base" / "training.json").read_text())["curve"]
-    curve += chameleon.train_language(model, *_coded_pictures(root), steps=int(1600 * scale), chats=0.7)
-    training.save(model, folder, curve, **chameleon.code_scores(model.model.vqmodel))
-    chameleon.make_processor().save_pretrained(folder)
+        model = ChameleonForConditionalGeneration.from_pretrained(root / before, dtype="float32")
+        curve = json.loads((root / before / "training.json").read_text())["curve"]
+        shares, pictures = {"chats": chats, "choices": choices}, _coded_pictures(root)
+        curve += chameleon.train_language(model, *pictures, steps=int(steps * scale), lr=lr, **shares)
+        training.save(model, folder, curve, **chameleon.code_scores(model.model.vqmodel))
+        chameleon.make_processor().save_pretrained(folder)
+
+    return train
 
 
 def _anole(root: Path, folder: Path, scale: float) -> None:
@@ -231,7 +235,17 @@ STAGES: dict[str, Stage] = {
     "vit-gpt2": Stage(("clip",), _captioner, "captioner"),
     "chameleon-tokenizer": Stage(("clip",), _chameleon_tokenizer, "chameleon", ships=False),
     "chameleon-base": Stage(("chameleon-tokenizer",), _chameleon_base, "chameleon", ships=False),
-    "chameleon": Stage(("chameleon-tokenizer", "chameleon-base"), _chameleon, "chameleon"),
+    "chameleon-chat": Stage(
+        ("chameleon-tokenizer", "chameleon-base"),
+        _chameleon_from("chameleon-base", 1600, 0.7, 0.125, 2e-3),
+        "chameleon",
+        ships=False,
+    ),
+    "chameleon": Stage(
+        ("chameleon-tokenizer", "chameleon-chat"),
+        _chameleon_from("chameleon-chat", 1000, 0.8, 0.6, 1.5e-3),
+        "chameleon",
+    ),
     "anole": Stage(("chameleon-tokenizer", "chameleon"), _anole, "chameleon"),
 }
 

@@ -198,23 +198,27 @@ def make_model(image_tokenizer: ChameleonVQVAE) -> ChameleonForConditionalGenera
     return model
 
 
-def train_language(model, scenes, image_codes: np.ndarray, *, steps: int, chats: float, batch: int = 32) -> list[dict]:
+def train_language(
+    model, scenes, image_codes: np.ndarray, *, steps: int, chats: float, choices: float, lr: float, batch: int = 32
+) -> list[dict]:
     """Train the language model on mixed documents, the image tokenizer frozen; returns the curve.
 
-    A share ``chats`` of the documents are a question about a picture; of the rest half are text alone and half are
-    sentences with their pictures. The loss is on words, and of a chat on the answer alone.
+    A share ``chats`` of the documents are a question about a picture, of those ``choices`` one of numbered choices; of
+    the rest half are text alone and half are sentences with their pictures. The loss is on words, and of a chat on the
+    answer alone.
     """
     write, rng = _writer(model, scenes, image_codes, 16)
 
     def draw():
         kind = (rng.random() - chats) / (1 - chats)
         if kind < 0:
-            return _chat(write, scenes, rng)
+            return _chat(write, scenes, rng, choices)
         if kind < 0.5:
             return _interleaved(write, scenes, rng)
         return write(language.document(sample_scene(rng), rng).text)
 
-    return _train(model, draw, rng, steps=steps, batch=batch, lr=2e-3, name=f"{chats:.0%} chats", image_loss=False)
+    name = f"{chats:.0%} chats, {choices:.0%} choices"
+    return _train(model, draw, rng, steps=steps, batch=batch, lr=lr, name=name, image_loss=False)
 
 
 def train_anole(model, scenes, image_codes: np.ndarray, *, steps: int, batch: int = 32) -> list[dict]:
@@ -230,7 +234,7 @@ def train_anole(model, scenes, image_codes: np.ndarray, *, steps: int, batch: in
             return write(language.question_answer(scenes[i], rng, "describe")[1] + f" . {IMAGE}", [i])
         if kind < 0.8:
             return _interleaved(write, scenes, rng)
-        return _chat(write, scenes, rng)
+        return _chat(write, scenes, rng, 0.5)
 
     return _train(model, draw, rng, steps=steps, batch=batch, lr=1e-3, name="anole", image_loss=True)
 
@@ -241,12 +245,15 @@ def _interleaved(write, scenes, rng):
     return write(language.SEPARATOR.join(language.interleaved(scenes[i], rng) for i in chosen), chosen)
 
 
-def _chat(write, scenes, rng):
-    """A question about a picture and its answer; half of them ask for the whole description."""
+def _chat(write, scenes, rng, choices):
+    """A question about a picture and its answer: of numbered choices, or the whole description as often as another."""
     i = int(rng.integers(len(scenes)))
-    describe = rng.integers(2)
-    ask = language.question_answer(scenes[i], rng, "describe") if describe else language.any_question(scenes[i], rng)
-    return write(f"{IMAGE} {ask[0]} {SEPARATOR} {ask[1]}", [i], answer_only=True)
+    if rng.random() < choices:
+        attribute = language.CHOICES[rng.integers(len(language.CHOICES))]
+        question, answer = language.choice_question(scenes[i], rng, attribute, bool(rng.integers(2)))
+    else:
+        question, answer = language.question_answer(scenes[i], rng, "describe" if rng.integers(2) else None)
+    return write(f"{IMAGE} {question} {SEPARATOR} {answer}", [i], answer_only=True)
 
 
 def _writer(model, scenes, image_codes, seed):
