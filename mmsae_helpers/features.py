@@ -110,23 +110,27 @@ def _top_keys(features: sp.csr_matrix, n: int, start: int, stop: int) -> np.ndar
     return _largest(keys, features.indptr[start : stop + 1] - entries.start, n)
 
 
-def _largest(keys: np.ndarray, indptr: np.ndarray, n: int, step: int = 512) -> np.ndarray:
-    """The n largest of each row's keys, which lie between indptr[row] and indptr[row + 1]; descending, then 0."""
+def _largest(keys: np.ndarray, indptr: np.ndarray, n: int, held=None, step: int = 512) -> np.ndarray:
+    """The n largest of each row's keys, which lie between indptr[row] and indptr[row + 1]; descending, then 0.
+
+    ``held`` [rows, n]: keys that compete too.
+    """
     out = np.zeros((len(indptr) - 1, n), np.int64)
     for lo in range(0, len(out), step):
         some = indptr[lo : lo + step + 1]
         count = np.diff(some)
         width = int(count.max(initial=0))
-        if width == 0:
-            continue
         padded = np.zeros((len(count), width), np.int64)
         padded[np.arange(width) < count[:, None]] = keys[some[0] : some[-1]]
+        if held is not None:
+            padded = np.concatenate([padded, held[lo : lo + step]], axis=1)
+            width += n
         if width > 2 * n:
             padded.partition(width - n, axis=1)
             padded = padded[:, -n:]
         padded.sort(axis=1)
         k = min(n, width)
-        out[lo : lo + step, :k] = padded[:, : -k - 1 : -1]
+        out[lo : lo + step, :k] = padded[:, ::-1][:, :k]
     return out
 
 
@@ -352,7 +356,7 @@ class TopImages:
     """The k images on which each feature is largest, in one pass: ties go to the lowest image id, zeros do not fire.
 
     Equal to sorting all images, in whatever order they come. Memory is d_sae x k, whatever the number of images; an
-    image that cannot enter a feature's k is dropped by one comparison. ``n_images`` [d_sae]: images that fire.
+    image below a feature's k-th is dropped by one comparison. ``n_images`` [d_sae]: images that fire.
     """
 
     def __init__(self, d_sae: int, k: int = 9):
@@ -372,22 +376,22 @@ class TopImages:
             raise InputError("top images: an image id comes twice in one call: take the maxima of whole images first")
         if len(ids) and (ids.min() < 0 or ids.max() >= _LOW):
             raise InputError(f"top images: ids {ids.min()} to {ids.max()} outside 0 to {_LOW - 1}")
-        data, columns = maxima.data, maxima.indices
-        self.n_images += np.bincount(columns if (data > 0).all() else columns[data > 0], minlength=len(self._keys))
+        data, columns, (d, k) = maxima.data, maxima.indices.astype(np.intp), self._keys.shape
         last = (self._keys[:, -1] >> 32).astype(np.int32).view(np.float32)
-        smallest = np.maximum(last, np.finfo(np.float32).smallest_subnormal)
-        place = np.flatnonzero(data >= smallest[columns])
-        rows = np.searchsorted(maxima.indptr, place, side="right") - 1
-        keys, columns = _keys(data[place], ids[rows]), columns[place]
-        better = keys > self._keys[columns, -1]
-        columns, keys = columns[better], keys[better]
-        keys = keys[np.argsort(columns, kind="stable")]
-        count = np.bincount(columns, minlength=len(self._keys))
+        enough = np.maximum(last, np.finfo(np.float32).smallest_subnormal)
+        if len(data) == len(ids) * d:  # nothing is zero: columns need not be looked up
+            self.n_images += (data.reshape(-1, d) > 0).sum(axis=0)
+            place = np.flatnonzero(data.reshape(-1, d) >= enough)
+        else:
+            self.n_images += np.bincount(columns if (data > 0).all() else columns[data > 0], minlength=d)
+            place = np.flatnonzero(data >= enough[columns])
+        image = np.repeat(ids, np.diff(np.searchsorted(place, maxima.indptr)))
+        keys, columns = _keys(data[place], image), columns[place]
+        order = np.argsort(columns.astype(np.min_scalar_type(d)), kind="stable")  # by radix up to 16 bits
+        count = np.bincount(columns, minlength=d)
         changed = np.flatnonzero(count)
-        found = _largest(keys, np.r_[0, np.cumsum(count[changed])], self._keys.shape[1])
-        both = np.concatenate([self._keys[changed], found], axis=1)
-        both.sort(axis=1)
-        self._keys[changed] = both[:, : -self._keys.shape[1] - 1 : -1]
+        starts = np.r_[0, np.cumsum(count[changed])]
+        self._keys[changed] = _largest(keys[order], starts, k, self._keys[changed])
 
     @property
     def values(self) -> np.ndarray:

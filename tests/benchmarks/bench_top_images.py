@@ -77,7 +77,7 @@ def speed(density, order, rounds):
         published, expected = seconds(lambda: python_lists(batches))
         kinder = seconds(lambda: python_lists(batches, True))[0]
         fast = []
-        for _ in range(5):
+        for _ in range(9):
             fast.append(seconds(lambda: ours(batches)))
         for _, found in fast:
             assert all(map(np.array_equal, found, expected)), "not equal to the full sort"
@@ -104,7 +104,7 @@ def peak_memory(images):
 def main():
     print(f"{IMAGES} images x {D_SAE} features in batches of {BATCH}, k = {K}; share of (image, feature) that fires:")
     sparse = speed(0.06, "random", 2)
-    dense = speed(1.0, "random", 1)
+    dense = speed(1.0, "random", 3)
     speed(0.06, "ascending", 1)
     speed(1.0, "ascending", 1)
     small, large = peak_memory(IMAGES), peak_memory(10 * IMAGES)
