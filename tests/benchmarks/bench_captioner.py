@@ -22,7 +22,7 @@ BATCH = 64
 
 def main(n_images: int = 256, repeats: int = 7) -> None:
     adapter = models.load("tinyworld/vit-gpt2", "cpu")
-    dataset = data.load("tinyworld", per_class=n_images).dataset
+    dataset = data.load("tinyworld", per_class=4).dataset.select(range(n_images))
     batches = list(data.batches(adapter, dataset, BATCH, texts=dataset["caption"]))
     layers = {"all": range(adapter.n_layers), "last": [adapter.n_layers - 1]}
     seconds = {name: [] for name in layers}
