@@ -7,13 +7,11 @@ Markdown are cleaned of scripts (which then stand there as text), plotly's JSON 
 import base64
 import copy
 import html
-import io
 import json
 import logging
 import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import bleach
 import nbformat
@@ -38,17 +36,6 @@ ATTRIBUTES = {
     "details": ["open"],
 }
 DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
-
-
-class Entry(NamedTuple):
-    """One notebook on the index page; ``source`` is as executed, or as committed where it never ran."""
-
-    name: str
-    source: Path
-    has_page: bool
-    has_browser: bool
-    status: dict
-    result: dict
 
 
 def clean(markup):
@@ -135,10 +122,10 @@ def _prepare(notebook):
                 output.data = nbformat.from_dict({"text/html": page})
 
 
-def render(executed, page, result, status, single=False):
+def render(executed, page, status, result, single=False):
     """Write the HTML report ``page`` of the notebook ``executed`` (paths).
 
-    ``result`` and ``status`` are its ``results.json`` (empty where it failed) and ``run.json``. ``single`` makes one
+    ``status`` and ``result`` are its ``run.json`` and ``results.json`` (empty where it failed). ``single`` makes one
     self-contained file: plotly.js and the executed notebook inside instead of beside it.
     """
     from bs4 import BeautifulSoup
@@ -154,15 +141,17 @@ def render(executed, page, result, status, single=False):
         "provenance": result.get("provenance", {}),
         "claims": result.get("claims", []),
         "status": status,
-        "minutes": _duration(status.get("duration_s")),
-        "error": _plain_trace(status),
-        "index": "" if single else "index.html",
-        "executed": _data_uri("application/x-ipynb+json", executed.read_bytes()) if single else executed.name,
+        "minutes": _duration(status["duration_s"]),
+        "index": "index.html",
+        "executed": executed.name,
         "executed_name": executed.name,
         "plotly": has_plotly and ("inline" if single else "plotly.min.js"),
         "plotly_js": _plotly_js() if has_plotly and single else "",
         **_assets(),
     }
+    if single:
+        content = base64.b64encode(executed.read_bytes()).decode()
+        facts |= {"index": "", "executed": f"data:application/x-ipynb+json;base64,{content}"}
     body, _ = _Exporter().from_notebook_node(notebook, resources={"report": facts})
     soup = BeautifulSoup(body, "html.parser")
     contents = soup.find("nav", id="contents")
@@ -194,33 +183,34 @@ def place_browser(made, folder, name):
     (folder / "index.html").write_text(page.replace("<!--back-->", back, 1), encoding="utf-8")
 
 
-def render_index(entries, profile, revision, page):
-    """Write the index page: per notebook a thumbnail, status, duration, verdicts, any traceback."""
+def render_index(plan, names, page):
+    """Write the index page: per notebook a thumbnail, status, duration, verdicts, any traceback.
+
+    ``plan`` (`runner.Plan`) says where everything is. A notebook that never ran is shown as committed.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     from . import results
 
-    cards = []
-    for entry in entries:
-        shown = nbformat.read(entry.source, as_version=4)
-        cards.append(
-            {
-                "name": entry.name,
-                "title": _title(shown, entry.name),
-                "page": f"{entry.name}.html" if entry.has_page else "",
-                "browser": f"{entry.name}_browser/index.html" if entry.has_browser else "",
-                "thumbnail": _thumbnail(shown),
-                "status": entry.status.get("status", "not run"),
-                "error": entry.status.get("error", ""),
-                "traceback": _plain_trace(entry.status),
-                "minutes": _duration(entry.status.get("duration_s")),
-                "claims": entry.result.get("claims", []),
-            }
-        )
-    total = sum(entry.status.get("duration_s", 0) for entry in entries)
+    cards, total = [], 0
+    for name in names:
+        executed, (status, result) = plan.executed(name), plan.outcome(name)
+        shown = nbformat.read(executed if executed.is_file() else plan.notebook(name), as_version=4)
+        total += status.get("duration_s", 0)
+        card = {
+            "name": name,
+            "title": _title(shown, name),
+            "page": f"{name}.html" if executed.is_file() else "",
+            "browser": f"{name}_browser/index.html" if plan.browser(name).is_file() else "",
+            "thumbnail": _thumbnail(shown),
+            "status": "not run",
+            "minutes": _duration(status.get("duration_s", 0)),
+            "claims": result.get("claims", []),
+        }
+        cards.append(card | status)
     template = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True).get_template("overview.html.j2")
-    facts = {"profile": profile, "total": _duration(total), "revision": revision, "claims": results.CLAIMS}
-    page.write_text(template.render(cards=cards, **facts, **_assets()), encoding="utf-8")
+    facts = {"profile": plan.profile, "total": _duration(total), "revision": results.revision(plan.root)}
+    page.write_text(template.render(cards=cards, claims=results.CLAIMS, **facts, **_assets()), encoding="utf-8")
 
 
 def _title(notebook, fallback):
@@ -231,32 +221,16 @@ def _title(notebook, fallback):
 
 
 def _thumbnail(notebook):
-    """First picture among the outputs as a small data URI, empty if there is none."""
-    from PIL import Image
-
+    """First picture among the outputs as a data URI, empty if there is none."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if png := output.get("data", {}).get("image/png"):
-                image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-                image.thumbnail((520, 360))
-                small = io.BytesIO()
-                image.save(small, "PNG", optimize=True)
-                return _data_uri("image/png", small.getvalue())
+                return "data:image/png;base64," + png.replace("\n", "")
     return ""
 
 
-def _plain_trace(status):
-    return re.sub(r"\x1b\[[0-9;]*m", "", status.get("traceback") or "").strip()
-
-
 def _duration(seconds):
-    if seconds is None:
-        return ""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
-def _data_uri(mime, content):
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def _assets():

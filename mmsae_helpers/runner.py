@@ -21,6 +21,9 @@ PACKAGE = Path(__file__).resolve().parent
 PRESENTATION = {"runner.py", "reports.py", "report_template", "__pycache__"}  # how a result is shown, not what it is
 
 
+ANSI = r"\x1b\[[0-9;]*m"
+
+
 class Plan(NamedTuple):
     """Where a run reads and writes."""
 
@@ -50,13 +53,15 @@ class Plan(NamedTuple):
     def browser(self, name):
         return self.reports / self.profile / f"{name}_browser" / "index.html"
 
-
-def load(path):
-    """Content of a JSON file, empty where there is none or it was cut off while being written."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
+    def outcome(self, name):
+        """Contents of run.json and results.json, empty where there is none or it was cut off while being written."""
+        found = []
+        for path in (self.status(name), self.result(name)):
+            try:
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+            except (FileNotFoundError, ValueError):
+                found.append({})
+        return found
 
 
 def order(root):
@@ -121,7 +126,7 @@ def run(root=None, profile="tiny", only="", single=False, artifacts=None, report
         cells = parameters.read_notebook(plan.notebook(name))["cells"]
         cells = [(c["cell_type"], parameters.source(c), c["metadata"].get("tags", [])) for c in cells]
         inputs = digest([plan.params(name), root / "constraints.txt", *map(plan.result, needed)], cells, package)
-        status, title = load(plan.status(name)), f"[{k}/{len(chosen)}] {name}"
+        status, title = plan.outcome(name)[0], f"[{k}/{len(chosen)}] {name}"
         if blocked := [n for n in needed if n in bad and not alone]:
             plan.result(name).unlink(missing_ok=True)  # of a former run: it would be taken for this one's
             status = _record(plan, name, "skipped", f"needs {', '.join(blocked)}, which did not complete")
@@ -203,7 +208,7 @@ def _explain(error, reached):
     if type(error).__name__ == "DeadKernelError":
         short = f"the kernel died in code cell {len(reached)} (killed, out of memory, or os._exit)"
         return short, f"DeadKernelError: {error}\nin the cell\n\n{reached[-1] if reached else ''}"
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    lines = re.sub(ANSI, "", str(error)).strip().splitlines()
     return (lines[-1] if lines else repr(error)), str(error)
 
 
@@ -232,6 +237,7 @@ def _kernel_manager(plan):
 def _record(plan, name, status, error="", trace="", begun=None, inputs=None):
     """Write and return the outcome of a notebook."""
     seconds = round(time.time() - begun, 1) if begun else 0.0
+    trace = re.sub(ANSI, "", trace).strip()
     content = {"status": status, "duration_s": seconds, "error": error, "traceback": trace, "inputs": inputs}
     plan.status(name).parent.mkdir(parents=True, exist_ok=True)
     plan.status(name).write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -255,21 +261,16 @@ def _render(plan, name, single):
         if _older(page, [source, plan.status(name), plan.result(name)]):
             from . import reports
 
-            reports.render(source, page, load(plan.result(name)), load(plan.status(name)), single=whole)
+            reports.render(source, page, *plan.outcome(name), single=whole)
 
 
 def _render_index(plan, names, page):
     shown = {name: plan.executed(name).with_suffix(".html") for name in names}
     inputs = [[plan.status(name), plan.result(name), shown[name], plan.browser(name)] for name in names]
     if _older(page, [plan.root / "notebooks", *sum(inputs, [])]):
-        from . import reports, results
+        from . import reports
 
-        entries = []
-        for name in names:
-            source = plan.executed(name) if plan.executed(name).is_file() else plan.notebook(name)
-            there = shown[name].is_file(), plan.browser(name).is_file()
-            entries.append(reports.Entry(name, source, *there, load(plan.status(name)), load(plan.result(name))))
-        reports.render_index(entries, plan.profile, results.revision(plan.root), page)
+        reports.render_index(plan, names, page)
 
 
 def _older(page, inputs):
