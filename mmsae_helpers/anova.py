@@ -50,29 +50,28 @@ def two_way(values) -> Shares:
     if y.ndim != 4 or min(y.shape[:3]) < 2:
         shape = f"values are {y.shape}, not [images, questions, phrasings, features]"
         raise InputError(f"{shape} with at least 2 of the first three: ask more, or more often")
+    centred = y - y.mean((0, 1, 2))
+    total = np.square(centred).sum((0, 1, 2))
+    constant = total <= 1e-12 * np.square(y).sum((0, 1, 2))
+    return _shares(centred, np.where(constant, np.nan, total))
+
+
+def _shares(y, total) -> Shares:
+    """`two_way` of values with mean 0 and sum of squares ``total`` [F] (nan: give nan)."""
     n_i, n_s, n_r, _ = y.shape
-    y = y - y.mean((0, 1, 2))
     column, cell = y.mean(0), y.mean(2)
     image, question = cell.mean(1), column.mean(1)
     squares = n_s * n_r * np.square(image).sum(0), n_i * n_r * np.square(question).sum(0)
     both = n_r * np.square(cell - image[:, None] - question).sum((0, 1))
     phrasing = n_i * np.square(column - question[:, None]).sum((0, 1))
-    rest = np.square(y - cell[:, :, None] - column + question[:, None]).sum((0, 1, 2))
+    rest = (total - sum(squares) - both - phrasing).clip(0)
     degrees = n_i - 1, n_s - 1, (n_i - 1) * (n_s - 1), n_s * (n_r - 1), n_s * (n_i - 1) * (n_r - 1)
     mean = [part / n for part, n in zip((*squares, both, phrasing, rest), degrees, strict=True)]
-    s_i, s_iq, s_p, s_e = (
-        (mean[0] - mean[2]) / (n_s * n_r),
-        (mean[2] - mean[4]) / n_r,
-        (mean[3] - mean[4]) / n_i,
-        mean[4],
-    )
     s_q = (mean[1] - mean[2] - mean[3] + mean[4]) / (n_i * n_r)
+    s_i, s_iq, s_p = (mean[0] - mean[2]) / (n_s * n_r), (mean[2] - mean[4]) / n_r, (mean[3] - mean[4]) / n_i
+    components = np.stack([s_i, s_q, s_iq, np.maximum(s_p, 0) + mean[4]], 1).clip(0)
     parts = np.stack([*squares, both, phrasing + rest], 1)
-    components = np.stack([s_i, s_q, s_iq, np.maximum(s_p, 0) + s_e], 1).clip(0)
-    constant = parts.sum(1) <= 1e-12 * np.square(values).sum((0, 1, 2), dtype=np.float64)
-    with np.errstate(invalid="ignore"):
-        found = [part / part.sum(1, keepdims=True) for part in (parts, components)]
-    return Shares(*(np.where(constant[:, None], np.nan, part) for part in found))
+    return Shares(*(part / part.sum(1, keepdims=True) for part in (parts, components)))
 
 
 def shuffle(values, seed) -> np.ndarray:
@@ -107,8 +106,10 @@ def split(pooled, shape: tuple[int, int, int], wanted, *, n_shuffles: int = 0, s
         now = slice(start, start + batch)
         values = dense(pooled, shape, wanted[now])
         eta[now], component[now] = two_way(values)
+        values = values - values.mean((0, 1, 2), dtype=np.float64)
+        total = np.square(values).sum((0, 1, 2))  # a shuffle keeps both
         for k in range(n_shuffles):
-            null[k, now] = two_way(shuffle(values, [seed, k])).component
+            null[k, now] = _shares(shuffle(values, [seed, k]), total).component
     return Split(Shares(eta, component), null)
 
 
