@@ -197,7 +197,7 @@ def _anole(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import chameleon, training
 
     model = ChameleonForConditionalGeneration.from_pretrained(root / "chameleon", dtype="float32")
-    curve = chameleon.train_anole(model, *_coded_pictures(root), steps=int(600 * scale))
+    curve = chameleon.train_anole(model, *_coded_pictures(root), steps=int(1000 * scale))
     training.save(model, folder, curve)
     chameleon.make_processor().save_pretrained(folder)
 
