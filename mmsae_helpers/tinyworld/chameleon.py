@@ -8,7 +8,8 @@ fixed codebook has no dead codes to revive. Some training images have patches pa
 black ground while the others keep theirs, as they would under a tokenizer of pixels.
 
 The language model starts from nothing on documents of text alone, on sentences with their picture among them, and on
-questions about a picture. As in transformers, it never writes image tokens. Anole is the same model tuned further until
+questions about a picture; then on more questions, at last numbered choices. It learns these in the order of
+`ATTRIBUTES`; of shuffled ones it answers as by chance. As in transformers, it never writes image tokens. Anole is the same model tuned further until
 it does, mostly on descriptions that their picture follows; transformers masks its image logits too, so read them with
 `image_logits`. A chat is Chameleon's own: the picture, the question, the separator, then the answer.
 """
