@@ -9,9 +9,10 @@ black ground while the others keep theirs, as they would under a tokenizer of pi
 
 The language model starts from nothing on documents of text alone, on sentences with their picture among them, and on
 questions about a picture; then on more questions, at last numbered choices. It learns these in the order of
-`ATTRIBUTES`; of shuffled ones it answers as by chance. As in transformers, it never writes image tokens. Anole is the same model tuned further until
-it does, mostly on descriptions that their picture follows; transformers masks its image logits too, so read them with
-`image_logits`. A chat is Chameleon's own: the picture, the question, the separator, then the answer.
+`ATTRIBUTES`; of shuffled ones it answers as by chance. As in transformers, it never writes image tokens. Anole is the
+same model tuned further until it does, mostly on descriptions that their picture follows, and on chats so that it
+forgets nothing; transformers masks its image logits too, so read them with `image_logits`. A chat is Chameleon's own:
+the picture, the question, the separator, then the answer.
 """
 
 import numpy as np
