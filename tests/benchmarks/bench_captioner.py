@@ -39,7 +39,7 @@ def main(n_images: int = 256, repeats: int = 7) -> None:
     print(f"all blocks {np.median(every):.3f} s, the last alone {np.median(last):.3f} s")
     print(f"ratio {ratio:.2f} (rounds {np.min(every / last):.2f} to {np.max(every / last):.2f}); target 1.3: ", end="")
     print("holds" if ratio <= 1.3 else "FAILS")
-    raise SystemExit(ratio > 1.3)
+    raise SystemExit(int(ratio > 1.3))
 
 
 if __name__ == "__main__":
