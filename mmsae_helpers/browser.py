@@ -93,7 +93,7 @@ def write(
     for name in ("layer", "label", "about"):
         codes, values = pd.factorize(table[name].fillna("").astype(str))
         columns |= {name: codes.tolist(), f"{name}s": list(values)}
-    (part / "table.js").write_text(f"mmsae.table({_json(columns)})", encoding="utf-8")
+    (part / "table.js").write_text(f"mmsae.table(JSON.parse({_json(_json(columns))}))", encoding="utf-8")
     digest = hashlib.sha256()
     for path in sorted(p for p in part.rglob("*") if p.is_file()):
         digest.update(path.read_bytes())

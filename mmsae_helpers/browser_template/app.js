@@ -3,7 +3,7 @@
   const $ = id => document.getElementById(id), meta = JSON.parse($("meta").textContent), root = document.documentElement;
   const ROW = 46, chunks = new Map(), sheets = new Map();
   const CIVIDIS = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115], [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56]];
-  let table, total = 0, texts, places, kept = [], current = -1, heat = true, first = true;
+  let table, total = 0, texts, kept = [], current = -1, heat = true, first = true;
 
   const mmsae = window.mmsae = {
     table(columns) { table = columns; start(); },
@@ -63,8 +63,6 @@
   // ---- filter, sort
   function start() {
     total = table.feature.length;
-    texts = Array.from({ length: total }, (_, row) => `${label(row)} ${about(row)}`.toLowerCase());
-    places = new Map(Array.from({ length: total }, (_, row) => [key(row), row]));
     $("layer").append(make("option", { value: "" }, "all"), ...table.layers.map((name, code) => make("option", { value: code }, name)));
     let gone = 0, few = 0;
     for (let row = 0; row < total; row++) { gone += dead(row); few += rare(row); }
@@ -82,6 +80,7 @@
   }
   function apply() {
     const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean), chosen = $("layer").value, state = $("state").value;
+    if (words.length && !texts) texts = Array.from({ length: total }, (_, row) => `${label(row)} ${about(row)}`.toLowerCase());
     const tests = [range("frequency", 100), range("similarity", 1), range("purity", 1)].filter(Boolean);
     for (const word of words) {
       if (/^[^/]+\/\d*$/.test(word)) tests.push(row => key(row).toLowerCase().startsWith(word) || texts[row].includes(word));
@@ -140,8 +139,9 @@
   function follow() {  // what the address says
     let wanted = location.hash.slice(1);
     try { wanted = decodeURIComponent(wanted); } catch (e) { /* shown as it stands */ }
-    if (wanted === "feature") return;
-    if (places.has(wanted)) choose(places.get(wanted));
+    if (wanted === "feature") return;  // the skip link
+    const row = wanted ? table.feature.findIndex((_, at) => key(at) === wanted) : -1;
+    if (row >= 0) choose(row);
     else if (wanted) {
       current = -1;
       draw();
