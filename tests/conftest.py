@@ -5,6 +5,7 @@ import os
 # before torch: kernels this small otherwise spin beside a busy neighbour
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,20 @@ import torch
 from mmsae_helpers.activations import Inputs
 
 PAD, BOS, EOS, IMAGE = 0, 2, 1, 63
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium; of a module, since papermill needs the event loop that playwright holds while it runs."""
+    found = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+    if found is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield running
+        running.close()
 
 
 def _tokenizer():

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from test_reports import CHROMIUM, visit
+from test_reports import visit
 
 from mmsae_helpers import browser
 from mmsae_helpers.errors import InputError
@@ -54,18 +54,6 @@ def material(rows=400):
 def folder(tmp_path_factory):
     path = browser.write(tmp_path_factory.mktemp("report") / "browser", **material())
     return path.parent
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import papermill
 import pytest
-from test_reports import browser, visit  # noqa: F401  (browser is a fixture)
+from test_reports import visit
 
 from mmsae_helpers import parameters, results, runner
 
@@ -108,10 +108,10 @@ def test_suite_ends_well_and_writes_the_ledger(smoke):
     assert all(f"| {claim} |" in table for claim in results.CLAIMS)
 
 
-def test_the_reports_open_offline_without_complaint(smoke, browser):  # noqa: F811
+def test_the_reports_open_offline_without_complaint(smoke, chromium):
     folder = smoke[1] / "smoke"
     for path in sorted(folder.glob("*.html")):
-        page, requests, complaints = visit(browser, path)
+        page, requests, complaints = visit(chromium, path)
         assert complaints == [] and set(requests) <= {path.as_uri(), (folder / "plotly.min.js").as_uri()}, path
         plots = page.locator(".plotly-figure")
         assert all(plots.nth(i).locator(".main-svg").count() for i in range(plots.count())), path

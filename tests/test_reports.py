@@ -1,6 +1,5 @@
 import io
 import json
-import shutil
 
 import pytest
 import throwaway
@@ -8,7 +7,6 @@ from bs4 import BeautifulSoup
 
 from mmsae_helpers import reports, runner
 
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 CELLS = [
     "# Is there *any* <script>window.hacked = 1</script> signal?\n\nInline $\\omega_k = \\frac{1}{K}$ and\n\n"
     "$$\\sum_i \\lVert x_i \\rVert^2$$\n\n## First part",
@@ -88,21 +86,9 @@ def test_cleaning():
     assert json.loads(figure.split(">", 2)[2].split("</script>")[0])["data"][0]["name"] == "&lt;script>a<b>c</b>"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def visit(browser, path, link="", **context):
+def visit(chromium, path, link="", **context):
     """The page opened from disk with the network off, what it requested, and what went to its console."""
-    page = browser.new_context(offline=True, **context).new_page()
+    page = chromium.new_context(offline=True, **context).new_page()
     requests, complaints = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: complaints.append(message.text))
@@ -113,9 +99,9 @@ def visit(browser, path, link="", **context):
     return page, [url for url in requests if not url.startswith("data:")], complaints
 
 
-def test_every_page_opens_offline_without_complaint(browser, pages):
+def test_every_page_opens_offline_without_complaint(chromium, pages):
     for path in sorted(pages.glob("*.html")):
-        page, requests, complaints = visit(browser, path)
+        page, requests, complaints = visit(chromium, path)
         allowed = {path.as_uri(), (pages / "plotly.min.js").as_uri()}
         assert complaints == [] and set(requests) <= allowed, path
         assert page.evaluate("window.hacked") is None, path
@@ -123,8 +109,8 @@ def test_every_page_opens_offline_without_complaint(browser, pages):
 
 
 @pytest.mark.parametrize("name", ["01_signal.html", "01_signal.single.html"])
-def test_figures_math_and_text_are_there(browser, pages, name):
-    page, requests, _ = visit(browser, pages / name)
+def test_figures_math_and_text_are_there(chromium, pages, name):
+    page, requests, _ = visit(chromium, pages / name)
     assert len(requests) == (1 if "single" in name else 2)
     assert page.locator(".plotly-figure .bars path").count() == 1
     assert page.locator(".plotly-figure").bounding_box()["height"] > 200
@@ -146,11 +132,11 @@ def test_figures_math_and_text_are_there(browser, pages, name):
     page.context.close()
 
 
-def test_light_and_dark(browser, pages):
+def test_light_and_dark(chromium, pages):
     def paper(page):
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
-    light, dark = (visit(browser, pages / "01_signal.html", color_scheme=scheme)[0] for scheme in ("light", "dark"))
+    light, dark = (visit(chromium, pages / "01_signal.html", color_scheme=scheme)[0] for scheme in ("light", "dark"))
     assert paper(light) == "rgb(255, 255, 255)" and paper(dark) != paper(light)
     night = paper(dark)
     dark.click("#theme")
@@ -160,15 +146,15 @@ def test_light_and_dark(browser, pages):
     dark.context.close()
 
 
-def test_readable_on_a_phone(browser, pages):
+def test_readable_on_a_phone(chromium, pages):
     for path in sorted(pages.glob("*.html")):
-        page, _, _ = visit(browser, path, viewport={"width": 390, "height": 800})
+        page, _, _ = visit(chromium, path, viewport={"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
         page.context.close()
 
 
-def test_index_shows_each_notebook(browser, pages):
-    page, _, _ = visit(browser, pages / "index.html")
+def test_index_shows_each_notebook(chromium, pages):
+    page, _, _ = visit(chromium, pages / "index.html")
     cards = page.locator("article")
     assert cards.count() == 3
     first, second = cards.nth(0).inner_text(), cards.nth(1).inner_text()
