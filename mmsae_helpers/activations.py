@@ -114,7 +114,7 @@ def stream(
         with hooked(adapter, layers, reading) as found:
             run(adapter, inputs)
         is_image, patch = _image_positions(adapter, inputs, reading)
-        mask = _kept(adapter, inputs, is_image, keep, keep_special)
+        mask = kept(adapter, inputs, is_image, keep, keep_special)
         row, position = (i.cpu() for i in mask.nonzero(as_tuple=True))
         yield TokenBatch(
             acts={layer: found[layer][mask].float().cpu() for layer in found},
@@ -153,7 +153,8 @@ def _image_positions(adapter, inputs, reading: Reading) -> tuple[torch.Tensor, t
     return taken, torch.where(taken, offset, -1)
 
 
-def _kept(adapter, inputs, is_image: torch.Tensor, keep: Keep, keep_special: bool) -> torch.Tensor:
+def kept(adapter, inputs, is_image: torch.Tensor, keep: Keep, keep_special: bool = False) -> torch.Tensor:
+    """Which positions `stream` keeps, bool [B, T]; ``is_image`` bool [B, T]."""
     ids = inputs["input_ids"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     if keep == "image":

@@ -278,20 +278,18 @@ class CaptionerAdapter(Adapter):
     def looking(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
         """While open, every forward fills the dict yielded: layer -> cross-attention of its block over the encoder's
         patches (class token left out), averaged over heads, [B, T, rows * columns]."""
-        found, decoder, n_patches = {}, self.model.decoder, self.patch_grid[0] * self.patch_grid[1]
-        before = decoder.config._attn_implementation
-        decoder.set_attn_implementation("eager")  # the others do not give their weights
+        found, n_patches = {}, self.patch_grid[0] * self.patch_grid[1]
 
         def keep(layer):
             return lambda _module, _inputs, out: found.update({layer: out[1].mean(1)[..., -n_patches:]})
 
         hooks = [self.blocks[layer].crossattention.register_forward_hook(keep(layer)) for layer in layers]
         try:
-            yield found
+            with attention_weights(self.model.decoder):
+                yield found
         finally:
             for hook in hooks:
                 hook.remove()
-            decoder.set_attn_implementation(before)
 
     def _arguments(self, inputs):
         return {k if k == "pixel_values" else f"decoder_{k}": v for k, v in inputs.items()}
@@ -327,6 +325,17 @@ class ChameleonAdapter(Adapter):
 
     def image_mask(self, input_ids):
         return torch.isin(input_ids, self._image_ids.to(input_ids.device))
+
+
+@contextmanager
+def attention_weights(model) -> Iterator[None]:
+    """While open, ``model`` computes attention in the one form (eager) that gives its weights."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 FAMILIES = {

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mmsae_helpers.crossmodal import active_features
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.models import attention_weights
 
 
 def scores(features: sp.csr_matrix, sample, patch, is_image, weights, n_patches: int) -> dict[str, np.ndarray]:
@@ -103,12 +104,8 @@ def encoder_attention(adapter, inputs: dict) -> np.ndarray | None:
     if tower is None or adapter.patch_grid is None:
         return None
     pixels, n_patches = inputs["pixel_values"], adapter.patch_grid[0] * adapter.patch_grid[1]
-    before = tower.config._attn_implementation
-    tower.set_attn_implementation("eager")  # no other computes the probabilities
-    try:
+    with attention_weights(tower):
         output = tower(pixels[:, 0] if pixels.ndim == 5 else pixels, output_attentions=True)
-    finally:
-        tower.set_attn_implementation(before)
     attention = output.attentions[-1].double().mean(dim=1)
     class_token = attention.shape[-1] > n_patches
     return (attention[:, 0, -n_patches:] if class_token else attention.mean(dim=1)).cpu().numpy()

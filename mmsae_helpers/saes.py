@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mmsae_helpers.activations import kept
 from mmsae_helpers.errors import InputError, first_line
 from mmsae_helpers.workers import crew
 
@@ -443,15 +444,13 @@ def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, k
     padding or special tokens such as BOS. The loss is over all text targets.
     """
     layer = adapter.check_layer(layer)
-    special = set(adapter.tokenizer.all_special_ids) - {adapter.image_token_id}
-    special = torch.tensor(sorted(special), device=adapter.device)
     replacers = {"original": lambda x: x, "zero": torch.zeros_like}
     replacers |= {("sae", key): (lambda x, sae=sae: sae(x.float()).to(x)) for key, sae in saes.items()}
     totals, n_tokens = dict.fromkeys(replacers, 0.0), 0
     for _, inputs in batches:
         ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
         image = adapter.image_mask(ids)
-        where = real & ~torch.isin(ids, special) & {"all": real, "text": ~image, "image": image}[keep]
+        where = kept(adapter, inputs, image, "content" if keep == "all" else keep)
         target = (real & ~image)[:, 1:] & real[:, :-1]
         n_tokens += int(target.sum())
         # The first pass holds the block's output for the others, which so need not read the images again.

@@ -200,11 +200,11 @@ def train_connected(model, first, then, projector_steps: int, joint_steps: int) 
     return curve
 
 
-def make_processor() -> LlavaProcessor:
-    """The processor of the family: one image makes 64 image tokens."""
-    tokenizer = make_tokenizer()
-    return LlavaProcessor(
-        image_processor=image_processor(), tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+def make_processor(kind=LlavaProcessor, images=None, tokenizer=None):
+    """The processor of the family: one image makes 64 image tokens. Another ``kind`` brings its own two parts."""
+    images, tokenizer = images or image_processor(), tokenizer or make_tokenizer()
+    return kind(
+        image_processor=images, tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
         vision_feature_select_strategy="default", chat_template=tokenizer.chat_template, image_token="<image>",
     )  # fmt: skip
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil
 from transformers import LlavaNextProcessor as Processor
 
-from mmsae_helpers.tinyworld import dataset, language
+from mmsae_helpers.tinyworld import dataset, language, llava
 from mmsae_helpers.tinyworld.llava import (
     GRID,
     IMAGE_SIZE,
-    PATCH,
     _stop_at_end_of_turn,
     chat_ids,
     image_text_loss,
@@ -49,11 +48,7 @@ def image_processor() -> LlavaNextImageProcessorPil:
 
 def make_processor() -> Processor:
     """The processor of the family: how many image tokens there are depends on the picture's shape."""
-    tokenizer = make_tokenizer()
-    return Processor(
-        image_processor=image_processor(), tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default", chat_template=tokenizer.chat_template, image_token="<image>",
-    )  # fmt: skip
+    return llava.make_processor(Processor, image_processor(), make_tokenizer())
 
 
 def views(images: np.ndarray) -> np.ndarray:
