@@ -114,5 +114,6 @@ def test_the_reports_open_offline_without_complaint(smoke, chromium):
         page, requests, complaints = visit(chromium, path)
         assert complaints == [] and set(requests) <= {path.as_uri(), (folder / "plotly.min.js").as_uri()}, path
         plots = page.locator(".plotly-figure")
-        assert all(plots.nth(i).locator(".main-svg").count() for i in range(plots.count())), path
+        for plot in plots.all():
+            plot.locator(".main-svg").first.wait_for(state="attached")
         page.context.close()

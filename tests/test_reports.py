@@ -4,6 +4,7 @@ import json
 import pytest
 import throwaway
 from bs4 import BeautifulSoup
+from playwright.sync_api import expect
 
 from mmsae_helpers import reports, runner
 
@@ -112,7 +113,7 @@ def test_every_page_opens_offline_without_complaint(chromium, pages):
 def test_figures_math_and_text_are_there(chromium, pages, name):
     page, requests, _ = visit(chromium, pages / name)
     assert len(requests) == (1 if "single" in name else 2)
-    assert page.locator(".plotly-figure .bars path").count() == 1
+    expect(page.locator(".plotly-figure .bars path")).to_have_count(1)
     assert page.locator(".plotly-figure").bounding_box()["height"] > 200
     assert page.locator(".plotly-figure .xtick").first.text_content() == "<script>bar</script>"
     maths = page.locator("math")
@@ -161,5 +162,5 @@ def test_index_shows_each_notebook(chromium, pages):
     assert "✓ done" in first and "A1 ✓ replicated" in first and cards.nth(0).locator("img").count() == 1
     assert "✗ failed" in second and "Traceback" in second and "<script>window.hacked = 9</script>" in second
     page.click("article h2 a >> nth=0")
-    assert page.url.endswith("01_signal.html")
+    page.wait_for_url("**/01_signal.html")
     page.context.close()
