@@ -18,6 +18,7 @@ from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
 
 EMBEDDED = "tinyworld"
+EMBEDDED_ASPECTS = "tinyworld-aspects"  # the same world in pictures of three shapes
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 PLACEHOLDER = "<image>"
 _TEXTS = ("caption", "question", "answer")
@@ -67,13 +68,21 @@ class ImageData(NamedTuple):
         return np.array(out, dtype=int)
 
     def object_cover(self, grid: tuple[int, int]) -> np.ndarray | None:
-        """Fraction of each patch that the object's mask covers, [N, rows * columns]; None where there are no masks."""
+        """Fraction of each patch that the object's mask covers, [N, rows * columns]; None where there are no masks.
+
+        The grid spans the whole picture, whatever its size: edges are rounded down to pixels, as in `patches.paint`.
+        """
         if "mask" not in self.dataset.column_names:
             return None
-        masks = np.stack([np.asarray(mask.convert("L")) for mask in self.dataset["mask"]]) >= 128
-        n, height, width = masks.shape
-        tiles = masks.reshape(n, grid[0], height // grid[0], grid[1], width // grid[1])
-        return tiles.mean((2, 4)).reshape(n, -1)
+        out = []
+        for mask in self.dataset["mask"]:
+            cover = (np.asarray(mask.convert("L")) >= 128).astype(np.float64)
+            for axis, n in enumerate(grid):
+                edges = np.arange(n + 1) * cover.shape[axis] // n
+                area = np.expand_dims(np.maximum(np.diff(edges), 1), 1 - axis)
+                cover = np.add.reduceat(cover, edges[:-1], axis=axis) / area
+            out.append(cover.reshape(-1))
+        return np.array(out)
 
 
 class Interleaved(NamedTuple):
@@ -98,20 +107,21 @@ def _words(text: str) -> str:
 def load(name: str, split="test", per_class: int | None = None, *, seed=0, on_bad_image="stop") -> ImageData:
     """Load labelled images.
 
-    ``name`` is ``tinyworld``, a folder with one subfolder of images a class (or with ``split`` between), a ``.parquet``
-    or ``.arrow`` file, or a hub id. ``per_class`` keeps that many images of each class, drawn with ``seed``. An image
-    that cannot be decoded stops with its name, or with ``on_bad_image="skip"`` is left out and listed in ``skipped``.
-    Raises InputError for what is missing or unreadable.
+    ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall), a folder with one subfolder of
+    images a class (or with ``split`` between), a ``.parquet`` or ``.arrow`` file, or a hub id. ``per_class`` keeps that
+    many images of each class, drawn with ``seed``. An image that cannot be decoded stops with its name, or with
+    ``on_bad_image="skip"`` is left out and listed in ``skipped``. Raises InputError for what is missing or unreadable.
     """
     if on_bad_image not in ("stop", "skip"):
         raise InputError(f"on_bad_image is {on_bad_image!r}: it must be stop or skip")
-    if name == EMBEDDED:
-        from mmsae_helpers.tinyworld.dataset import SPLITS, make_dataset
+    if name in (EMBEDDED, EMBEDDED_ASPECTS):
+        from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE, make_dataset
 
         if split not in SPLITS:
             raise InputError(f"the embedded world has no split {split!r}: there are {', '.join(SPLITS)}")
         count = per_class or SPLITS[split]
-        return ImageData(make_dataset(split, count, seed), [], f"tinyworld/{split}/{count}/{seed}/1")
+        sizes = ASPECTS if name == EMBEDDED_ASPECTS else [SQUARE]
+        return ImageData(make_dataset(split, count, seed, sizes), [], f"{name}/{split}/{count}/{seed}/1")
     dataset = _normalised(_open(name, split), name)
     if per_class is not None:
         dataset = dataset.select(_per_class(np.asarray(dataset["fine_label"]), per_class, seed))

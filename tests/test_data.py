@@ -1,5 +1,7 @@
 """Data sets: the embedded world, folders, files, and what cannot be read."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Value
@@ -24,6 +26,23 @@ def test_the_embedded_world_is_balanced_and_named():
     assert np.bincount(images.labels).tolist() == [2] * 100
     assert images.class_names[0] == "red circle" and images.skipped == []
     assert images.fingerprint != data.load("tinyworld", "validation", 2).fingerprint
+
+
+def test_pictures_of_several_shapes_and_where_their_object_is():
+    images = data.load("tinyworld-aspects", "test", 2)
+    sizes = [image.size for image in images.dataset["image"]]
+    assert sorted({size: sizes.count(size) for size in sizes}.items()) == [
+        ((64, 64), 100),
+        ((64, 128), 50),
+        ((128, 64), 50),
+    ]
+    assert images.fingerprint != data.load("tinyworld", "test", 2).fingerprint
+    for grid in [(8, 8), (7, 5)]:
+        for mask, cover in zip(images.dataset["mask"][:4], images.object_cover(grid)[:4], strict=True):
+            pixels = np.asarray(mask) >= 128
+            rows, columns = (np.arange(n + 1) * size // n for n, size in zip(grid, pixels.shape, strict=True))
+            parts = [pixels[a:b, c:d].mean() for a, b in pairwise(rows) for c, d in pairwise(columns)]
+            assert np.allclose(cover, parts)
 
 
 def test_a_folder_by_class(folder):

@@ -262,7 +262,7 @@ def test_obelics_layout_counts_what_cannot_be_had(tmp_path):
 
 def test_wide_scenes_keep_their_objects_size():
     for name, size in llava_next.SHAPES.items():
-        for scene, image, mask, _ in list(dataset.iter_split("test", 1, size=size))[:10]:
+        for scene, image, mask, _ in list(dataset.iter_split("test", 1, sizes=[size]))[:10]:
             assert image.shape == (*size, 3) and mask.shape == size, name
             radius = 8 if scene.size == "small" else 13
             assert mask.any(0).sum() >= radius and mask.sum() < (2.6 * 16) ** 2
@@ -289,7 +289,7 @@ def shipped():
 
 @pytest.mark.parametrize(("shape", "bar"), [("square", 0.94), ("wide", 0.7)])  # 50 images: the shape of wide ones .84
 def test_the_shipped_model_answers(shipped, shape, bar):
-    images = dataset.make_dataset("test", 1, size=llava_next.SHAPES[shape]).select(range(0, 100, 2))
+    images = dataset.make_dataset("test", 1, sizes=[llava_next.SHAPES[shape]]).select(range(0, 100, 2))
     said = evaluation.answers(shipped, images, batch_size=50)
     hits = {name: right.mean() for name, right in evaluation.attribute_hits(said, images).items()}
     assert all(hits[name] >= (bar if name == "shape" else 0.9) for name in scenes.ATTRIBUTES), hits

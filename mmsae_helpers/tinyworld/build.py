@@ -115,9 +115,9 @@ def _clip_tiles(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import llava, llava_next, training
 
     tower = CLIPVisionModel.from_pretrained(root / "clip", dtype="float32")
-    examples = llava_next.tower_examples({"square": 40, "wide": 20, "tall": 20, "wider": 5, "taller": 5})
+    examples = llava_next.tower_examples({"square": 40, "wide": 60, "tall": 60, "wider": 12, "taller": 12})
     scenes, images, masks, whole = examples
-    curve = llava.train_tower(tower, scenes, images, masks, whole=whole, steps=int(500 * scale), lr=5e-4)
+    curve = llava.train_tower(tower, scenes, images, masks, whole=whole, steps=int(2000 * scale), lr=1e-3)
     training.save(tower, folder, curve)
 
 
@@ -128,9 +128,9 @@ def _llava_next(root: Path, folder: Path, scale: float) -> None:
 
     tower = CLIPVisionModel.from_pretrained(root / "clip-tiles", dtype="float32").eval()
     text = MistralForCausalLM.from_pretrained(root / "mistral-it", dtype="float32")
-    shown = llava_next.pictures(tower, {"square": 80, "wide": 16, "tall": 16, "wider": 6, "taller": 6})
+    shown = llava_next.pictures(tower, {"square": 80, "wide": 40, "tall": 40, "wider": 12, "taller": 12})
     model = llava_next.make_model(tower, text)
-    curve = llava_next.train(model, shown, projector_steps=int(300 * scale), joint_steps=int(600 * scale))
+    curve = llava_next.train(model, shown, projector_steps=int(300 * scale), joint_steps=int(900 * scale))
     training.save(model, folder, curve)
     llava_next.make_processor().save_pretrained(folder)
 

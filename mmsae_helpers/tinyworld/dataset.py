@@ -10,18 +10,20 @@ from mmsae_helpers.tinyworld import language, scenes
 
 SPLITS = {"train": 400, "validation": 20, "test": 100}  # images a class
 SQUARE = (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE)
+ASPECTS = (SQUARE, (64, 128), SQUARE, (128, 64))  # half of the pictures square, a quarter wide, a quarter tall
 _SPLIT_KEY = {"train": 1, "validation": 2, "test": 3}
 
 
-def iter_split(split: str, per_class: int | None = None, seed: int = 0, size: tuple[int, int] = SQUARE):
+def iter_split(split: str, per_class: int | None = None, seed: int = 0, sizes=(SQUARE,)):
     """Yield ``(scene, image, mask, rng)`` of a balanced split, classes interleaved, so any prefix is nearly balanced.
 
     ``rng`` continues the scene's own generator, for the words about it. Scenes of different splits never share a seed.
-    ``size`` is (height, width); scenes of other sizes than the square are scenes of their own.
+    ``sizes`` (height, width) are taken in turn; scenes of other sizes than the square are scenes of their own.
     """
-    shape = () if size == SQUARE else size
     for index in range((per_class or SPLITS[split]) * len(scenes.FINE_NAMES)):
-        rng = np.random.default_rng([seed, _SPLIT_KEY[split], index, *shape])
+        size = sizes[(index + index // len(scenes.FINE_NAMES)) % len(sizes)]  # a class does not keep to one size
+        own = () if size == SQUARE else size
+        rng = np.random.default_rng([seed, _SPLIT_KEY[split], index, *own])
         scene = scenes.sample_scene(rng, index % len(scenes.FINE_NAMES))
         image, mask = scenes.render(scene, rng, size)
         yield scene, image, mask, rng
@@ -29,11 +31,11 @@ def iter_split(split: str, per_class: int | None = None, seed: int = 0, size: tu
 
 def arrays(split: str, per_class: int | None = None, seed: int = 0, size: tuple[int, int] = SQUARE):
     """A split as ``(scenes: list, images: uint8 [N, 64, 64, 3], masks: bool [N, 64, 64])``, for training the models."""
-    rows = [(scene, image, mask) for scene, image, mask, _ in iter_split(split, per_class, seed, size)]
+    rows = [(scene, image, mask) for scene, image, mask, _ in iter_split(split, per_class, seed, [size])]
     return [r[0] for r in rows], np.stack([r[1] for r in rows]), np.stack([r[2] for r in rows])
 
 
-def make_dataset(split: str, per_class: int | None = None, seed: int = 0, size: tuple[int, int] = SQUARE) -> Dataset:
+def make_dataset(split: str, per_class: int | None = None, seed: int = 0, sizes=(SQUARE,)) -> Dataset:
     """A split with the columns of a real data set (image, labels, caption, question, answer), attributes and mask."""
     features = Features(
         {
@@ -47,7 +49,7 @@ def make_dataset(split: str, per_class: int | None = None, seed: int = 0, size: 
             "mask": Image(),
         }
     )
-    return Dataset.from_list([_row(*item) for item in iter_split(split, per_class, seed, size)], features=features)
+    return Dataset.from_list([_row(*item) for item in iter_split(split, per_class, seed, sizes)], features=features)
 
 
 def interleaved(count: int, seed: int, split: str) -> list[tuple[str, list[PILImage.Image]]]:

@@ -103,10 +103,15 @@ def train_text(model, tokenizer, *, steps: int, name: str, word_lists: bool = Tr
     )  # fmt: skip
 
     def loss(step):
-        ids = pad(next(draw), tokenizer.pad_token_id)
-        return _lm_loss(model, ids, ids.masked_fill(ids == tokenizer.pad_token_id, IGNORE))
+        return text_loss(model, next(draw), tokenizer)
 
     return fit(model.parameters(), loss, steps=steps, lr=3e-3, name=name)
+
+
+def text_loss(model, rows: list[list[int]], tokenizer) -> torch.Tensor:
+    """Mean cross-entropy of the tokens of ``rows`` of ids, the first of each row excepted."""
+    ids = pad(rows, tokenizer.pad_token_id)
+    return _lm_loss(model, ids, ids.masked_fill(ids == tokenizer.pad_token_id, IGNORE))
 
 
 def train_instruct(

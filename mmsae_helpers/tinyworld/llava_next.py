@@ -20,10 +20,11 @@ from mmsae_helpers.tinyworld.llava import (
     chat_ids,
     image_text_loss,
     image_tokens,
+    text_loss,
     train_connected,
 )
 from mmsae_helpers.tinyworld.mistral import make_tokenizer
-from mmsae_helpers.tinyworld.scenes import Scene
+from mmsae_helpers.tinyworld.scenes import Scene, sample_scene
 
 PINPOINTS = [[64 * rows, 64 * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]  # height, width
 SHAPES = {"square": (64, 64), "wide": (64, 128), "tall": (128, 64), "wider": (64, 192), "taller": (192, 64)}
@@ -110,14 +111,17 @@ def make_model(tower, language_model) -> LlavaNextForConditionalGeneration:
 
 
 def train(model, shown: list[Pictures], *, projector_steps: int, joint_steps: int, batch: int = 48) -> list[dict]:
-    """Projector and newline first, then the language model too, with interleaved documents a quarter of the time.
+    """Projector and newline first, then the language model too.
 
-    Half of the pictures are square (the first of ``shown``). The tower is frozen. Returns the curve.
+    Then a quarter of the batches are interleaved documents, and an eighth the text of the language model itself, which
+    would be forgotten otherwise. Each scene of ``shown`` is as likely as any other. The tower is frozen. Returns the
+    curve.
     """
     tokenizer, rng = make_tokenizer(), np.random.default_rng(15)
+    shares = np.array([len(kind.scenes) for kind in shown], float)
 
     def draw():
-        kind = shown[0] if rng.integers(2) else shown[rng.integers(len(shown))]
+        kind = shown[rng.choice(len(shown), p=shares / shares.sum())]
         return kind, int(rng.integers(len(kind.scenes)))
 
     def embed(chosen):
@@ -138,9 +142,14 @@ def train(model, shown: list[Pictures], *, projector_steps: int, joint_steps: in
             rows.append(chat_ids(tokenizer, "<image> ", *ask(kind.scenes[i], rng)))
         return image_text_loss(model, tokenizer, rows, embed(chosen))
 
-    def documents(step):
-        if rng.integers(4):
-            return questions(step)
+    def mixed(step):
+        what = rng.integers(8)
+        if what == 0:
+            texts = [language.document(sample_scene(rng), rng).text for _ in range(batch)]
+            return text_loss(model, [tokenizer.encode(text) + [tokenizer.eos_token_id] for text in texts], tokenizer)
+        return documents() if what < 3 else questions(step)
+
+    def documents():
         rows, chosen = [], []
         for _ in range(batch // 2):
             part = [draw() for _ in range(rng.integers(1, 3))]
@@ -150,4 +159,4 @@ def train(model, shown: list[Pictures], *, projector_steps: int, joint_steps: in
             chosen += part
         return image_text_loss(model, tokenizer, rows, embed(chosen))
 
-    return train_connected(model, questions, documents, projector_steps, joint_steps)
+    return train_connected(model, questions, mixed, projector_steps, joint_steps)

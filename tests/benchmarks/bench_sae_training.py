@@ -26,7 +26,7 @@ from mmsae_helpers import saes
 from mmsae_helpers.activations import TokenBatch
 
 D_IN, D_SAE, BATCH, HEAD = 96, 3_072, 512, 8
-LAYERS, LAMBDAS, SEEDS = (0, 1), (1.0, 4.0), (0, 1, 2)
+LAYERS, LAMBDAS, SEEDS = (0, 1), (1.0, 4.0), range(6)
 
 
 def activations(n: int, seed: int, layer: int = 0) -> torch.Tensor:
