@@ -67,16 +67,17 @@ class ImageData(NamedTuple):
             out.append(names.index(found[0]) if len(found) == 1 else -1)
         return np.array(out, dtype=int)
 
-    def object_cover(self, grid: tuple[int, int]) -> np.ndarray | None:
+    def object_cover(self, grid: tuple[int, int], crop=lambda mask: mask) -> np.ndarray | None:
         """Fraction of each patch that the object's mask covers, [N, rows * columns]; None where there are no masks.
 
-        The grid spans the whole picture, whatever its size: edges are rounded down to pixels, as in `patches.paint`.
+        The grid spans the whole picture, or what ``crop`` (`Adapter.crop`) leaves of it, whatever its size: edges are
+        rounded down to pixels, as in `patches.paint`.
         """
         if "mask" not in self.dataset.column_names:
             return None
         out = []
         for mask in self.dataset["mask"]:
-            cover = (np.asarray(mask.convert("L")) >= 128).astype(np.float64)
+            cover = (np.asarray(crop(mask).convert("L")) >= 128).astype(np.float64)
             for axis, n in enumerate(grid):
                 edges = np.arange(n + 1) * cover.shape[axis] // n
                 area = np.expand_dims(np.maximum(np.diff(edges), 1), 1 - axis)

@@ -117,6 +117,21 @@ class Adapter:
         dtype = self.model.dtype
         return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The part of a picture that the model sees: what its processor cuts from the middle, or all of it.
+
+        Patches divide this part, so that masks and what is painted must be of it.
+        """
+        processor = getattr(self.processor, "image_processor", self.processor)
+        shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
+        if not (shortest and getattr(processor, "do_center_crop", False)):
+            return image
+        scale = min(image.size) / shortest
+        width = min(round(processor.crop_size["width"] * scale), image.width)
+        height = min(round(processor.crop_size["height"] * scale), image.height)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
     def forward(self, inputs: dict[str, Tensor]):
         """The model's output (``.logits`` [B, T, vocabulary]) without a key-value cache."""
         return self.model(**self._arguments(inputs), use_cache=False)
@@ -180,6 +195,10 @@ class LlavaAdapter(Adapter):
 
 class LlavaNextAdapter(LlavaAdapter):
     """LlavaNextForConditionalGeneration: a base image, then the rows of its tiles, each ended by a newline token."""
+
+    def crop(self, image):
+        """All of it: a base image and tiles show the whole picture."""
+        return image
 
     def patch_index(self, input_ids):
         """Raises InputError: ids alone do not tell how an image was tiled."""

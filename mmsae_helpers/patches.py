@@ -127,7 +127,8 @@ def keep_top(scores, share) -> np.ndarray:
 def paint(images: Sequence[Image.Image], keep, patch_grid: tuple[int, int]) -> list[Image.Image]:
     """The images (RGB, sizes kept) with every patch black that ``keep`` [S, P] drops.
 
-    The grid (rows, columns) spans the whole image, whatever its size: edges are rounded down to pixels.
+    The grid (rows, columns) spans the whole image, whatever its size: edges are rounded down to pixels. For a model
+    that sees the middle of a picture only, give that (`Adapter.crop`).
     """
     rows, columns = patch_grid
     out = []

@@ -67,6 +67,27 @@ def bootstrap_ci(values, statistic=np.mean, seed=0, level=0.95, resamples=2000):
     return Interval(float(statistic(values)), float(lo), float(hi), len(values))
 
 
+def crossed_ci(plus, minus=0.0, seed=0, level=0.95, resamples=2000):
+    """Mean of ``plus`` [seeds, samples] less that of ``minus``, with its percentile bootstrap interval.
+
+    ``minus`` is a number, or [other seeds or draws, the same samples]. Samples are resampled jointly, the repetitions
+    of each side on their own, so the interval covers both. n is the number of samples.
+    """
+    sides = [np.atleast_2d(np.asarray(side, float)) for side in (plus, minus)]
+    rng, n = np.random.default_rng(seed), sides[0].shape[1]
+
+    def mean(side, samples=slice(None), resampled=False):
+        rows = rng.integers(0, len(side), len(side)) if resampled else slice(None)
+        return side[rows][:, samples if side.shape[1] == n else slice(None)].mean()
+
+    draws = []
+    for _ in range(resamples):
+        samples = rng.integers(0, n, n)
+        draws.append(mean(sides[0], samples, True) - mean(sides[1], samples, True))
+    lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(mean(sides[0]) - mean(sides[1])), float(lo), float(hi), n)
+
+
 def verdict(effect, ci, direction="greater", null=0.0):
     """Verdict on an effect from its interval ``ci`` (lo, hi); the value itself is there for the reader of the call.
 

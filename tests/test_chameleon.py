@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from mmsae_helpers import models as adapters
+from mmsae_helpers import patches
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.tinyworld import chameleon, dataset, evaluation, language
 
@@ -161,6 +162,17 @@ def test_the_world_spells_codes_as_transformers_reads_them():
     names = words.convert_ids_to_tokens([mapping.img2bpe[code] for code in (0, 7, 42, chameleon.CODES - 1)])
     assert names == [chameleon.code_name(code) for code in (0, 7, 42, chameleon.CODES - 1)]
     assert len(mapping.bpe2img) == chameleon.CODES and mapping.image_token_id == words.convert_tokens_to_ids("<image>")
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 500), (512, 512)])
+def test_patches_divide_what_the_processor_leaves_of_a_picture(size):
+    adapter = make_adapter(512, [1] * 5, 16, 1200)
+    keep = np.zeros((1, 32 * 32), bool)
+    keep[0, 32 * 10 + 3] = True  # row 10, column 3
+    (left,) = patches.paint([adapter.crop(Image.new("RGB", size, (255, 255, 255)))], keep, adapter.patch_grid)
+    seen = adapter.processor.image_processor(left, do_normalize=False, return_tensors="pt")["pixel_values"][0, 0]
+    share = seen.view(32, 16, 32, 16).mean((1, 3)) / seen.max()
+    assert share[10, 3] > 0.7 and share.sum() < 1.6  # resampling spreads over the edges
 
 
 def test_painting_black_touches_only_its_patches():

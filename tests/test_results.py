@@ -39,6 +39,18 @@ def test_bootstrap_is_seeded_and_covers_the_estimate():
     assert got.lo < got.value < got.hi
 
 
+def test_crossed_interval_covers_repetitions_and_samples():
+    rng = np.random.default_rng(0)
+    samples, a, b = 20 * rng.normal(size=200), rng.normal(size=(3, 1)), rng.normal(size=(4, 1))
+    got = results.crossed_ci(samples + 5 + a, samples + b)  # what samples share cancels, seeds do not
+    assert got.value == pytest.approx(5 + a.mean() - b.mean()) and got.n == 200
+    only_seeds = [a[rng.integers(0, 3, 3)].mean() - b[rng.integers(0, 4, 4)].mean() + 5 for _ in range(2000)]
+    assert np.allclose(got[1:3], np.quantile(only_seeds, [0.025, 0.975]), atol=0.2)
+    one = results.crossed_ci(samples[None], 0.5)  # one repetition: the bootstrap over samples
+    plain = results.bootstrap_ci(samples - 0.5)
+    assert one.value == pytest.approx(plain.value) and np.allclose(one[1:3], plain[1:3], atol=0.4)
+
+
 @pytest.mark.parametrize(
     "ci, direction, null, said",
     [
