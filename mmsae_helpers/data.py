@@ -154,19 +154,20 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
 
 
 def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> Documents:
-    """``count`` documents of text and images: ``tinyworld``, or a hub id or ``.parquet`` file laid out as OBELICS.
+    """``count`` documents of text and images: ``tinyworld``, ``tinyworld-aspects``, or a hub id or ``.parquet`` file laid out as OBELICS.
 
     There, columns ``texts`` and ``images`` have equally long rows with None in one where the other has an item; an
     image is a URL, a path or the file itself. Documents with an image that cannot be had, or with none at all, are left
     out and listed in ``skipped``. Raises InputError where there are fewer than ``count``.
     """
-    if name == EMBEDDED:
-        from mmsae_helpers.tinyworld.dataset import SPLITS
+    if name in (EMBEDDED, EMBEDDED_ASPECTS):
+        from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE
         from mmsae_helpers.tinyworld.dataset import interleaved as make
 
         if split not in SPLITS:
             raise InputError(f"the embedded world has no split {split!r}: there are {', '.join(SPLITS)}")
-        return Documents(Interleaved(*document) for document in make(count, seed, split))
+        sizes = ASPECTS if name == EMBEDDED_ASPECTS else [SQUARE]
+        return Documents(Interleaved(*document) for document in make(count, seed, split, sizes))
     rows = _open(name, split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
     if missing := {"texts", "images"} - set(rows.column_names or ["texts", "images"]):
         raise InputError(f"{name} has no column {' and '.join(sorted(missing))}: it has {', '.join(rows.column_names)}")

@@ -52,14 +52,16 @@ def make_dataset(split: str, per_class: int | None = None, seed: int = 0, sizes=
     return Dataset.from_list([_row(*item) for item in iter_split(split, per_class, seed, sizes)], features=features)
 
 
-def interleaved(count: int, seed: int, split: str) -> list[tuple[str, list[PILImage.Image]]]:
-    """Documents of one or two square scenes: sentences with ``<image>`` where a picture stands, and the pictures."""
+def interleaved(count: int, seed: int, split: str, sizes=(SQUARE,)) -> list[tuple[str, list[PILImage.Image]]]:
+    """Documents of one or two scenes: sentences with ``<image>`` where a picture stands, and the pictures, of ``sizes``
+    in turn."""
     out = []
     for index in range(count):
         rng = np.random.default_rng([seed, 9, _SPLIT_KEY[split], index])
         chosen = [scenes.sample_scene(rng) for _ in range(rng.integers(1, 3))]
         text = language.SEPARATOR.join(language.interleaved(scene, rng) for scene in chosen)
-        out.append((text, [PILImage.fromarray(scenes.render(scene, rng)[0]) for scene in chosen]))
+        shown = [(scene, sizes[(index + i) % len(sizes)]) for i, scene in enumerate(chosen)]
+        out.append((text, [PILImage.fromarray(scenes.render(scene, rng, size)[0]) for scene, size in shown]))
     return out
 
 
