@@ -101,6 +101,14 @@ class Documents(list):
         self.skipped: list[str] = list(skipped)
 
 
+class Cut(NamedTuple):
+    """What a context leaves out of documents."""
+
+    documents: int  # that are longer
+    images: int
+    tokens: int
+
+
 def _words(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
@@ -184,7 +192,12 @@ def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> D
             found.skipped.append(f"row {i}: no image")
             continue
         parts = zip(row["texts"], row["images"], strict=True)
-        found.append(Interleaved(" ".join(PLACEHOLDER if t is None else t for t, s in parts if t or s), images))
+        found.append(
+            Interleaved(
+                " ".join(PLACEHOLDER if t is None else t.replace(PLACEHOLDER, "< image>") for t, s in parts if t or s),
+                images,
+            )
+        )
     if len(found) < count:
         few = f"{name} has {len(found)} documents with all their images but {count} are needed"
         raise InputError(f"{few} ({len(found.skipped)} left out): lower the number in the parameters")
@@ -194,40 +207,49 @@ def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> D
 def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, *, start=0, stop=None, max_tokens=None):
     """Model inputs for documents ``start`` to ``stop``, cut at ``max_tokens`` (the model's context by default).
 
-    An image that does not fit whole is left out with all that follows it. Raises InputError where nothing is left.
+    An image that does not fit whole is left out with all that follows it; `cut` counts. Raises InputError where nothing
+    is left.
     """
     stop = len(documents) if stop is None else stop
-    limit, token = max_tokens or adapter.config.max_position_embeddings, PLACEHOLDER
-    if adapter.image_token_id is not None:
-        token = adapter.tokenizer.convert_ids_to_tokens(adapter.image_token_id)
+    limit = max_tokens or adapter.config.max_position_embeddings
     for first in range(start, stop, batch_size):
         rows = range(first, min(first + batch_size, stop))
-        texts = [documents[i].text.replace(PLACEHOLDER, token) for i in rows]
-        inputs = adapter.encode(texts, [documents[i].images for i in rows], fits=False)
-        yield Inputs(torch.tensor(rows), _cut(adapter, inputs, limit, first))
+        texts, images, _ = zip(*(_fitted(adapter, documents[i], limit, i) for i in rows), strict=True)
+        inputs = adapter.encode(texts, images, fits=False)
+        shape = inputs["input_ids"].shape
+        yield Inputs(torch.tensor(rows), {k: v[:, :limit] if v.shape == shape else v for k, v in inputs.items()})
 
 
-def _cut(adapter, inputs: dict[str, torch.Tensor], limit: int, first: int) -> dict[str, torch.Tensor]:
-    """Inputs of at most ``limit`` tokens a row without a part of an image at the end."""
-    mask = inputs["attention_mask"]
-    if mask.shape[1] <= limit:
-        return inputs
-    is_image, patch, part = adapter.geometry(inputs)
-    begins = (patch == 0) & (part == 0)  # the first token of each image
-    order = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    torn = is_image[:, limit] & is_image[:, limit - 1] & ~begins[:, limit]
-    start_of_last = torch.where(begins & (order < limit), order, -1).amax(1)
-    keep = torch.where(torn, start_of_last, limit)
-    if keep.min() < 2:  # no more than BOS
-        at = first + int(keep.argmin())
-        raise InputError(f"document {at} begins with an image that is longer than {limit} tokens: allow more tokens")
-    whole = (order[begins] < keep[:, None].expand_as(mask)[begins]).cpu()  # [images], in reading order
-    short = {k: v[:, :limit].clone() for k, v in inputs.items() if v.shape == mask.shape}
-    beyond = order[:, :limit] >= keep[:, None]
-    short["attention_mask"][beyond] = 0
-    short["input_ids"][beyond] = adapter.tokenizer.pad_token_id
-    images = {k: v[whole.to(v.device)] for k, v in inputs.items() if k not in short}
-    return short | (images if whole.any() else {})
+def cut(adapter, documents, max_tokens: int | None = None) -> Cut:
+    """What `text_batches` or `interleaved_batches` leave out of ``documents``, counted without reading pixels."""
+    total, limit = np.zeros(3, int), max_tokens or adapter.config.max_position_embeddings
+    for i, document in enumerate(documents):
+        _, images, beyond = _fitted(adapter, document, limit, i)
+        total += beyond > 0, len(getattr(document, "images", [])) - len(images), beyond
+    return Cut(*total.tolist())
+
+
+def _fitted(adapter, document, limit: int, at: int) -> tuple[str, list[PIL.Image.Image], int]:
+    """Text and images of document number ``at`` before the first image that exceeds ``limit`` tokens; tokens cut."""
+    before, token, after = adapter.image_words
+    pieces, images = [document], []
+    if isinstance(document, Interleaved):
+        pieces, images = document.text.split(PLACEHOLDER), document.images
+    pieces = [adapter.raw(piece) for piece in pieces]
+    ids = np.array(adapter.tokenizer(f"{before}{token}{after}".join(pieces))["input_ids"])
+    places, length = np.flatnonzero(ids == adapter.image_token_id), np.ones(len(ids), int)
+    for place, image in zip(places, images, strict=False):  # encode compares the counts
+        length[place] = adapter.image_tokens(image.size[::-1])
+    ends = length.cumsum()
+    fit, kept = int((ends[places] <= limit).sum()), limit
+    if fit < len(places):
+        kept = min(limit, int(length[: places[fit] - bool(before)].sum()))
+        if kept < 2:  # no more than BOS
+            raise InputError(
+                f"document {at} begins with an image that is longer than {limit} tokens: allow more tokens"
+            )
+        pieces, images = pieces[: fit + 1], images[:fit]
+    return token.join(pieces), images, max(0, int(ends[-1]) - kept)
 
 
 def _fetched(source) -> PIL.Image.Image:
@@ -267,7 +289,7 @@ def text_batches(adapter, texts: list[str], batch_size: int, *, start=0, stop=No
     limit = max_tokens or adapter.config.max_position_embeddings
     for first in range(start, stop, batch_size):
         rows = range(first, min(first + batch_size, stop))
-        inputs = adapter.encode([texts[i] for i in rows])
+        inputs = adapter.encode([adapter.raw(texts[i]) for i in rows])
         yield Inputs(torch.tensor(rows), {k: v[:, :limit] for k, v in inputs.items()})
 
 

@@ -4,6 +4,7 @@ Everything else in the package is family-blind. Positions, counts and grid sizes
 config. Shapes: B inputs, T positions (padded right).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,11 @@ class Adapter:
         return self.model.device
 
     @property
+    def image_words(self) -> tuple[str, str, str]:
+        """What the processor writes for an image: its start, its placeholder (once), its end; empty where none."""
+        return "", self.tokenizer.convert_ids_to_tokens(self.image_token_id) if self.image_token_id else "", ""
+
+    @property
     def blocks(self) -> torch.nn.ModuleList:
         """The decoder blocks, in order."""
         decoder = self.model.get_decoder()
@@ -83,6 +89,16 @@ class Adapter:
             if token in text and question in text:
                 return text
         raise InputError(f"the chat template of {self.name} drops the image or the question")
+
+    def raw(self, text: str) -> str:
+        """A document in which no word stands for an image or for BOS: a space splits those that would."""
+        for word in filter(None, (*self.image_words, self.tokenizer.bos_token)):
+            text = text.replace(word, f"{word[0]} {word[1:]}")
+        return text
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """How many image tokens an image of ``size`` (height, width) has."""
+        return math.prod(self.patch_grid)
 
     def encode(self, texts: Sequence[str], images: Sequence | None = None, fits: bool = True) -> dict[str, Tensor]:
         """Model inputs on the model's device, padded right: ``input_ids`` and ``attention_mask`` [B, T], and pixels.
@@ -199,6 +215,9 @@ class LlavaNextAdapter(LlavaAdapter):
     def crop(self, image):
         """All of it: a base image and tiles show the whole picture."""
         return image
+
+    def image_tokens(self, size):
+        return self._layout(size, "corrected").shape[1]
 
     def patch_index(self, input_ids):
         """Raises InputError: ids alone do not tell how an image was tiled."""
@@ -341,6 +360,13 @@ class ChameleonAdapter(Adapter):
         if getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template:
             return super().prompt(question, image)
         return f"{self.processor.image_token if image else ''}{question}{self.tokenizer.sep_token}"
+
+    @property
+    def image_words(self):
+        return self.processor.image_start_token, self.processor.image_token, self.processor.image_end_token
+
+    def raw(self, text):
+        return super().raw(text).replace("IMGIMG", "IMG IMG")
 
     def image_mask(self, input_ids):
         return torch.isin(input_ids, self._image_ids.to(input_ids.device))
