@@ -1,18 +1,26 @@
 """Data sets: the embedded world, a hub data set, a folder of images by class, parquet or arrow files; and texts."""
 
+import errno
 import hashlib
 import io
+import os
 import re
+import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from threading import get_ident
 from typing import NamedTuple
 
+import datasets
 import numpy as np
 import pandas as pd
 import PIL.Image
 import torch
-from datasets import ClassLabel, Dataset, Image, load_dataset
+from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
 
 from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
@@ -90,7 +98,11 @@ class Interleaved(NamedTuple):
     """A document whose text has one `PLACEHOLDER` an image."""
 
     text: str
-    images: list[PIL.Image.Image]
+    images: list[PIL.Image.Image | Path]  # or the file with it
+
+    def opened(self) -> list[PIL.Image.Image]:
+        """The images; of a file no more than its header is read until the pixels are asked for."""
+        return [PIL.Image.open(image) if isinstance(image, Path) else image for image in self.images]
 
 
 class Documents(list):
@@ -118,7 +130,8 @@ def load(name: str, split="test", per_class: int | None = None, *, seed=0, on_ba
 
     ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall), a folder with one subfolder of
     images a class (or with ``split`` between), a ``.parquet`` or ``.arrow`` file, or a hub id. ``per_class`` keeps that
-    many images of each class, drawn with ``seed``. An image that cannot be decoded stops with its name, or with
+    many images of each class, drawn with ``seed``, and reads a hub data set or file whose classes have names no further
+    than to have them. An image that cannot be decoded stops with its name, or with
     ``on_bad_image="skip"`` is left out and listed in ``skipped``. Raises InputError for what is missing or unreadable.
     """
     if on_bad_image not in ("stop", "skip"):
@@ -131,7 +144,10 @@ def load(name: str, split="test", per_class: int | None = None, *, seed=0, on_ba
         count = per_class or SPLITS[split]
         sizes = ASPECTS if name == EMBEDDED_ASPECTS else [SQUARE]
         return ImageData(make_dataset(split, count, seed, sizes), [], f"{name}/{split}/{count}/{seed}/1")
-    dataset = _normalised(_open(name, split), name)
+    dataset = _open(name, split, streaming=per_class is not None)
+    if isinstance(dataset, IterableDataset):
+        dataset = _drawn(dataset, per_class, seed) or _open(name, split)
+    dataset = _normalised(dataset, name)
     if per_class is not None:
         dataset = dataset.select(_per_class(np.asarray(dataset["fine_label"]), per_class, seed))
     dataset, skipped, digest = _decodable(dataset, name, on_bad_image)
@@ -162,11 +178,14 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
 
 
 def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> Documents:
-    """``count`` documents of text and images: ``tinyworld``, ``tinyworld-aspects``, or a hub id or ``.parquet`` file laid out as OBELICS.
+    """``count`` documents of text and images: ``tinyworld``, ``tinyworld-aspects``, or a hub id or ``.parquet`` file
+    laid out as OBELICS.
 
     There, columns ``texts`` and ``images`` have equally long rows with None in one where the other has an item; an
     image is a URL, a path or the file itself. Documents with an image that cannot be had, or with none at all, are left
-    out and listed in ``skipped``. Raises InputError where there are fewer than ``count``.
+    out and listed in ``skipped``. Images that are no files yet are kept in ``mmsae_images`` of the datasets cache
+    (``HF_DATASETS_CACHE``), with a ``.gone`` file for each URL without one, so that another run has the same documents
+    whatever became of the links; delete these to ask again. Raises InputError where there are fewer than ``count``.
     """
     if name in (EMBEDDED, EMBEDDED_ASPECTS):
         from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE
@@ -179,25 +198,16 @@ def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> D
     rows = _open(name, split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
     if missing := {"texts", "images"} - set(rows.column_names or ["texts", "images"]):
         raise InputError(f"{name} has no column {' and '.join(sorted(missing))}: it has {', '.join(rows.column_names)}")
-    found = Documents()
-    for i, row in enumerate(rows):
-        if len(found) == count:
-            break
-        try:
-            images = [_fetched(source) for source in row["images"] if source is not None]
-        except Exception as error:  # the network, the file system and Pillow raise dozens of kinds
-            found.skipped.append(f"row {i}: {first_line(error)}")
-            continue
-        if not images:
-            found.skipped.append(f"row {i}: no image")
-            continue
-        parts = zip(row["texts"], row["images"], strict=True)
-        found.append(
-            Interleaved(
-                " ".join(PLACEHOLDER if t is None else t.replace(PLACEHOLDER, "< image>") for t, s in parts if t or s),
-                images,
-            )
-        )
+    found, numbered = Documents(), enumerate(rows.decode(False))
+    with ThreadPoolExecutor(32) as pool:
+        while chunk := list(islice(numbered, min(256, count - len(found)))):
+            for (i, row), images in zip(chunk, pool.map(lambda item: _kept(item[1]["images"]), chunk), strict=True):
+                if not images or isinstance(images, str):
+                    found.skipped.append(f"row {i}: {images or 'no image'}")
+                    continue
+                parts = [(t, s) for t, s in zip(row["texts"], row["images"], strict=True) if t or s]
+                texts = [PLACEHOLDER if s else t.replace(PLACEHOLDER, "< image>") for t, s in parts]
+                found.append(Interleaved(" ".join(texts), images))
     if len(found) < count:
         few = f"{name} has {len(found)} documents with all their images but {count} are needed"
         raise InputError(f"{few} ({len(found.skipped)} left out): lower the number in the parameters")
@@ -234,7 +244,7 @@ def _fitted(adapter, document, limit: int, at: int) -> tuple[str, list[PIL.Image
     before, token, after = adapter.image_words
     pieces, images = [document], []
     if isinstance(document, Interleaved):
-        pieces, images = document.text.split(PLACEHOLDER), document.images
+        pieces, images = document.text.split(PLACEHOLDER), document.opened()
     pieces = [adapter.raw(piece) for piece in pieces]
     ids = np.array(adapter.tokenizer(f"{before}{token}{after}".join(pieces))["input_ids"])
     places, length = np.flatnonzero(ids == adapter.image_token_id), np.ones(len(ids), int)
@@ -252,17 +262,68 @@ def _fitted(adapter, document, limit: int, at: int) -> tuple[str, list[PIL.Image
     return token.join(pieces), images, max(0, int(ends[-1]) - kept)
 
 
-def _fetched(source) -> PIL.Image.Image:
-    """The image at a URL or path, or in what datasets makes of an image column."""
-    if isinstance(source, PIL.Image.Image):
-        return source.convert("RGB")
-    if isinstance(source, dict):
-        content = source["bytes"] or Path(source["path"]).read_bytes()
-    elif source.startswith(("http://", "https://")):
-        content = urllib.request.urlopen(source, timeout=20).read()
-    else:
-        content = Path(source).read_bytes()
-    return PIL.Image.open(io.BytesIO(content)).convert("RGB")
+def _kept(sources: list) -> list[Path] | str:
+    """Files with the images of a row, or why one of them cannot be had."""
+    try:
+        return [_file((s["bytes"] or s["path"]) if isinstance(s, dict) else s) for s in filter(None, sources)]
+    except InputError:  # the disk is full
+        raise
+    except Exception as error:  # the network, the file system and Pillow raise dozens of kinds
+        return first_line(error)
+
+
+def _file(source: str | bytes) -> Path:
+    """The file with the image at a path, or else the one that an image in bytes or at a URL is kept in."""
+    is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
+    if isinstance(source, str) and not is_url:
+        PIL.Image.open(source).convert("RGB")
+        return Path(source)
+    name = hashlib.sha256(source.encode() if is_url else source).hexdigest()
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "mmsae_images" / name
+    gone = file.with_suffix(".gone")
+    if gone.exists():
+        raise OSError(gone.read_text())
+    if not file.exists():
+        try:
+            content = _fetched(source) if is_url else source
+            PIL.Image.open(io.BytesIO(content)).convert("RGB")
+        except Exception as error:
+            write(gone, first_line(error).encode())
+            raise
+        write(file, content)
+    return file
+
+
+def _fetched(url: str) -> bytes:
+    """What a URL answers; raises TimeoutError for what takes longer than a minute, however steadily it comes."""
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (compatible; mmsae)"})
+    content, end = b"", time.monotonic() + 60
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        while part := answer.read1():
+            content += part
+            if time.monotonic() > end:
+                raise TimeoutError("took longer than a minute")
+    return content
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write atomically: a reader sees the whole file or none, and a failure leaves nothing behind."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{get_ident()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needs = f"{len(content) / 2**20:.1f} MiB"
+        kept = "make room and run again (what is finished is kept)"
+        raise InputError(f"disk full: {path} needs {needs}; {kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def batches(
@@ -307,6 +368,22 @@ def _open(name: str, split: str, streaming: bool = False):
     return _loaded(name, name, split=split, streaming=streaming)
 
 
+def _drawn(rows: IterableDataset, per_class: int, seed: int) -> Dataset | None:
+    """``per_class`` rows of each class, or all there are, shuffled in a buffer; None where classes have no names."""
+    known = rows.features or {}
+    label = next((a for a in _ALIASES["fine_label"] if isinstance(known.get(a), ClassLabel)), None)
+    if label is None:
+        return None
+    found, counts, wanted = [], Counter(), per_class * known[label].num_classes
+    for row in rows.decode(False).shuffle(seed=seed, buffer_size=1_000):
+        if counts[row[label]] < per_class:
+            counts[row[label]] += 1
+            found.append(row)
+            if len(found) == wanted:
+                break
+    return Dataset.from_list(found, features=known)
+
+
 def _loaded(name: str, *args, **options):
     try:
         return load_dataset(*args, **options)
@@ -338,7 +415,11 @@ def _normalised(dataset: Dataset, name: str) -> Dataset:
             dataset = dataset.rename_column(found, wanted)
     if not isinstance(dataset.features["fine_label"], ClassLabel):
         dataset = dataset.class_encode_column("fine_label")
-    return dataset.cast_column("image", Image())
+    try:
+        return dataset.cast_column("image", Image())
+    except Exception as error:  # whatever converting the column's kind leads to
+        what = f"column image of {name} has no image a row but {dataset.features['image']}"
+        raise InputError(f"{what}: give one image, its path or its bytes") from error
 
 
 def _per_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -357,8 +438,10 @@ def _decodable(dataset: Dataset, name: str, on_bad_image: str) -> tuple[Dataset,
     """Decode every image once, so that a bad one is found before a long pass; returns what is left and its digest."""
     good, skipped, digest = [], [], hashlib.sha256()
     for i, raw in enumerate(dataset.cast_column("image", Image(decode=False))["image"]):
-        where = raw["path"] or f"row {i}"
+        where = (raw or {}).get("path") or f"row {i}"
         try:
+            if raw is None:
+                raise ValueError("there is none")
             content = raw["bytes"] if raw["bytes"] is not None else Path(raw["path"]).read_bytes()
             PIL.Image.open(io.BytesIO(content)).convert("RGB")
         except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
