@@ -12,8 +12,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,6 +122,24 @@ def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> It
         yield from draw(leave=0)
 
 
+@contextmanager
+def lent(device, *things):
+    """SAEs, or adapters of models, on `device` while open and in the CPU's memory afterwards."""
+    modules = [getattr(thing, "model", thing) for thing in things]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")
+
+
+def _groups(saes: Mapping, together: int | None) -> list[dict]:
+    keys, n = list(saes), together or len(saes) or 1
+    return [{key: saes[key] for key in keys[i : i + n]} for i in range(0, len(keys), n)]
+
+
 def train(batches, *, layers: Sequence[int], seeds: Sequence[int], config: TrainingConfig, **options) -> dict:
     """One SAE per (layer, seed), all from one stream of {layer: [batch, d_in]}; options as of `fit`."""
     return fit(batches, {(layer, seed): Job(layer, seed, config) for layer in layers for seed in seeds}, **options)
@@ -128,6 +147,8 @@ def train(batches, *, layers: Sequence[int], seeds: Sequence[int], config: Train
 
 def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progress=True) -> dict[Hashable, Any]:
     """Train many sae-lens SAEs on one stream of batches {layer: [batch, d_in]}: layers x lambda x seeds.
+
+    A callable that returns a fresh stream is called twice, so that the first norm_batches need not be held in memory.
 
     A lean loop over sae-lens's training class: its initialisation, loss, schedules and clipping at 1.0, with fused Adam
     and less bookkeeping (a test compares it with `SAETrainer`). A seed decides the initial weights; all jobs see the
@@ -141,16 +162,20 @@ def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progr
         return {}
     steps = max(job.config.steps for job in jobs.values())
     layers = sorted({job.layer for job in jobs.values()})
-    stream = iter(batches)
-    head = list(islice(stream, max(job.config.norm_batches for job in jobs.values())))
-    for width in {batch[layer].shape[1] for batch in head for layer in layers} - {d_in}:
-        raise InputError(f"SAE training: activations are {width} wide, but d_in is {d_in}")
+    head, stream = (batches(), batches()) if callable(batches) else tee(batches)
+    sums = {layer: [] for layer in layers}  # of each batch: rows, the sum of their norms, their sum
+    for batch in islice(head, max(job.config.norm_batches for job in jobs.values())):
+        for layer in layers:
+            x = batch[layer].to(torch.float64)
+            if x.shape[1] != d_in:
+                raise InputError(f"SAE training: activations are {x.shape[1]} wide, but d_in is {d_in}")
+            sums[layer].append((len(x), x.norm(dim=1).sum().item(), x.sum(0)))
+    del head
     device = torch.device(device)
-    trainers = [_Trainer(job, d_in, [b[job.layer] for b in head], device) for job in jobs.values()]
+    trainers = [_Trainer(job, d_in, sums[job.layer], device) for job in jobs.values()]
     n_done = 0
     with crew(device) as each:
-        taken = islice(chain(head, stream), steps)
-        for batch in tqdm(taken, "training SAEs", steps, mininterval=1, disable=not progress):
+        for batch in tqdm(islice(stream, steps), "training SAEs", steps, mininterval=1, disable=not progress):
             on_device = {layer: batch[layer].to(device, torch.float32) for layer in layers}
             each(lambda trainer, x=on_device: trainer.step(x[trainer.job.layer]), trainers)
             n_done += 1
@@ -162,7 +187,7 @@ def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progr
 class _Trainer:
     """An SAE in training: its weights, optimiser and schedules."""
 
-    def __init__(self, job: Job, d_in: int, head: list[torch.Tensor], device: torch.device):
+    def __init__(self, job: Job, d_in: int, sums: list[tuple], device: torch.device):
         from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
         from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 
@@ -175,11 +200,11 @@ class _Trainer:
                 decoder_init_norm=cfg.decoder_init_norm, l1_coefficient=cfg.l1_coefficient,
             )  # fmt: skip
             self.sae = StandardTrainingSAE(shape).to(device)
-        first = torch.cat(head[: cfg.norm_batches]).float() if head else torch.ones(1, d_in)
-        self.trained_norm = first.norm(dim=1).double().mean().item()
+        rows, norms, total = zip(*sums[: cfg.norm_batches] or [(1, d_in**0.5, torch.zeros(d_in))], strict=True)
+        self.trained_norm = sum(norms) / sum(rows)
         self.scale = d_in**0.5 / self.trained_norm if cfg.normalize_activations != "none" else 1.0
         if cfg.b_dec_init == "mean":
-            self.sae.b_dec.data = (first.mean(0) * self.scale).to(device)
+            self.sae.b_dec.data = (sum(total) / sum(rows) * self.scale).float().to(device)
         self.weights = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
         self.optimiser = torch.optim.Adam(self.weights, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2), fused=True)
         self.lr = get_lr_scheduler(
@@ -216,6 +241,7 @@ class _Trainer:
     def finish(self):
         from sae_lens import SAE
 
+        self.optimiser = self.lr = None  # twice the weights' memory
         if self.scale != 1.0:
             self.sae.fold_activation_norm_scaling_factor(self.scale)
         self.sae.cfg.normalize_activations = "none"
@@ -293,11 +319,15 @@ def _released(release: str, sae_id: str, d_in: int, device: str):
     return _ready(sae, d_in, f"{release}/{sae_id}")
 
 
-def trained(jobs: Mapping[Hashable, Job], *, folder, description, make, d_in: int, device="cpu", progress=True) -> dict:
-    """SAEs by job: those in `folder` are loaded, the others trained together in one `fit` and saved, each whole or not.
+def trained(
+    jobs: Mapping[Hashable, Job], *, folder, description, make, d_in: int, device="cpu", progress=True, together=None
+) -> dict:
+    """SAEs by job: those in `folder` are loaded, the others trained in one `fit` and saved, each whole or not.
 
     An SAE's place is `folder`/<hash of description, config, d_in>/layer_LL_seed_S; `make(layers)` gives the batches.
+    together: train that many at a time, on a stream each time, and leave all SAEs in the CPU's memory (see `lent`).
     """
+    rest = "cpu" if together else device
     found, places, texts = {}, {}, {}
     for key, job in jobs.items():
         about = {"description": description, "config": asdict(job.config), "d_in": d_in, "format": 1}
@@ -306,18 +336,18 @@ def trained(jobs: Mapping[Hashable, Job], *, folder, description, make, d_in: in
         place = places[key] = root / _folder(job.layer, job.seed)
         try:
             if place.is_dir():
-                found[key] = load(place, d_in, device)
+                found[key] = load(place, d_in, rest)
         except InputError as error:
             warnings.warn(f"{error}: trained again", stacklevel=3)
             shutil.rmtree(place)
     missing = {key: job for key, job in jobs.items() if key not in found}
-    if missing:
-        stream = make(sorted({job.layer for job in missing.values()}))
-        for key, sae in fit(stream, missing, d_in=d_in, device=device, progress=progress).items():
+    for some in _groups(missing, together):
+        stream = make(sorted({job.layer for job in some.values()}))
+        for key, sae in fit(stream, some, d_in=d_in, device=device, progress=progress).items():
             places[key].parent.mkdir(parents=True, exist_ok=True)
             (places[key].parent / "description.json").write_text(texts[key])
             save(sae, places[key])
-            found[key] = sae
+            found[key] = sae.to(rest)
     return {key: found[key] for key in jobs}
 
 
@@ -338,27 +368,40 @@ def save(sae, folder: Path | str) -> None:
 
 
 @torch.no_grad()
-def random_sae(like, acts: torch.Tensor, seed: int = 0):
+def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
     """The control: an SAE of the class and size of `like` whose directions mean nothing.
 
-    Random unit decoder rows, the encoder their transpose, b_dec the mean of `acts` [N, d_in] (text), and for each
-    feature the bias at which all fire equally often and mean L0 on `acts` equals `like`'s.
+    Random unit directions in the encoder, b_dec the mean of `acts` [N, d_in], and for each feature the bias at which
+    all fire equally often and mean L0 on `acts` equals `like`'s; ``matched``: at which it fires on as many of `acts` as
+    the feature of `like` with its number, so that as many are as rare, or dead. The decoder is the same directions
+    times one factor, that of least squared error on `acts`; at length 1 overlapping ones add up to more than there is.
     """
     from sae_lens import SAE
 
-    l0 = torch.cat([(like.encode(x) > 0).sum(1) for x in acts.split(1024)]).double().mean().item()
+    acts = acts.to(like.device, torch.float32)
+    counts = sum((like.encode(x) > 0).sum(0) for x in acts.split(1024))
+    if not matched:
+        counts = torch.full_like(counts, round(counts.double().mean().item()))
     metadata = type(like.cfg.metadata)(hook_name=like.cfg.metadata.hook_name, random_seed=seed)
     with torch.random.fork_rng(devices=[]):
         sae = SAE.from_dict(replace(like.cfg, metadata=metadata).to_dict())
     directions = torch.randn(like.cfg.d_sae, like.cfg.d_in, generator=torch.Generator().manual_seed(seed))
     directions = torch.nn.functional.normalize(directions, dim=1).to(acts)
     mean = acts.mean(0)
-    n_silent = len(acts) - round(l0 / like.cfg.d_sae * len(acts))
-    centred = (acts - mean).T
-    threshold = [(part @ centred).kthvalue(max(n_silent, 1), dim=1).values for part in directions.split(128)]
+    bias, centred = torch.full_like(directions[:, 0], -torch.inf), (acts - mean).T
+    for part in counts.nonzero().squeeze(1).split(128):
+        z, silent = directions[part] @ centred, (len(acts) - counts[part]).clamp(min=1)
+        kth = z.sort(1).values.gather(1, silent[:, None] - 1)[:, 0] if matched else z.kthvalue(silent[0].item()).values
+        bias[part] = -kth
     sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
-    sae.b_dec.data, sae.b_enc.data = mean, -torch.cat(threshold)
-    return _ready(sae.to(device=like.device, dtype=like.dtype))
+    sae.b_dec.data, sae.b_enc.data = mean, bias
+    sae = _ready(sae.to(device=like.device, dtype=like.dtype))
+    overlap = energy = 0
+    for x in acts.split(1024):
+        y = sae.decode(sae.encode(x)) - sae.b_dec
+        overlap, energy = overlap + ((x - mean) * y).sum(dtype=torch.float64), energy + y.square().sum()
+    sae.W_dec.data *= (overlap / energy).nan_to_num(1.0).to(like.dtype)  # 0 / 0: silent on acts
+    return sae
 
 
 class Health(NamedTuple):
@@ -382,27 +425,47 @@ def evaluate(sae, token_batches, layer: int, scale: float = 1.0) -> Health:
     return evaluate_all({(layer, 0): sae}, token_batches, {(layer, 0): scale})[layer, 0]
 
 
-def evaluate_all(saes: Mapping[tuple, Any], token_batches, scales: Mapping | None = None) -> dict:
-    """Health of every SAE by its key (layer, ...), in one pass; `scales`: factor on the input by key."""
-    meters = {key: _HealthMeter(sae, (scales or {}).get(key, 1.0)) for key, sae in saes.items()}
-    with crew(next(iter(saes.values())).device) as each:
-        for batch in token_batches:
-            each(lambda key, acts=batch.acts: meters[key].add(acts[key[0]]), meters)
+def evaluate_all(
+    saes: Mapping[tuple, Any], token_batches, scales: Mapping | None = None, *, device=None, together=None
+) -> dict:
+    """Health of every SAE by its key (layer, ...), in one pass; `scales`: factor on the input by key.
+
+    device: lend it to the SAEs, to `together` of them in a pass (then `token_batches` must be fit for several).
+    """
+    meters = _measured(saes, token_batches, scales or {}, device, together)
     return {key: meter.health(f"the SAE of layer {key[0]}") for key, meter in meters.items()}
+
+
+def firing_rates(saes: Mapping[tuple, Any], token_batches, *, device=None, together=None) -> dict:
+    """Share of the tokens on which each feature is active, float64 [d_sae], by the SAE's key; as `evaluate_all`."""
+    meters = _measured(saes, token_batches, {}, device, together)
+    return {key: meter.fired.double().cpu().numpy() / meter.n for key, meter in meters.items()}
+
+
+def _measured(saes, token_batches, scales, device, together):
+    meters = {}
+    for some in _groups(saes, together):
+        with lent(device, *some.values()) if device else nullcontext():
+            own = {key: _HealthMeter(sae, scales.get(key, 1.0)) for key, sae in some.items()}
+            with crew(next(iter(some.values())).device) as each:
+                for batch in token_batches:
+                    each(lambda key, acts=batch.acts, own=own: own[key].add(acts[key[0]]), own)
+        meters |= own
+    return meters
 
 
 class _HealthMeter:
     def __init__(self, sae, scale: float):
         self.sae, self.scale = sae, scale
         self.n = self.active = self.error = self.energy = self.norm = self.sum = 0
-        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
+        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
 
     @torch.no_grad()
     def add(self, acts: torch.Tensor, chunk: int = 1024) -> None:
         for raw in acts.split(chunk):
             x = raw.to(self.sae.device) * self.scale
             f = self.sae.encode(x)
-            self.fired |= (f > 0).any(0)
+            self.fired += (f > 0).sum(0)
             self.n += len(x)
             self.active += (f > 0).sum()
             self.error += (x - self.sae.decode(f)).square().sum(dtype=torch.float64)
@@ -415,7 +478,7 @@ class _HealthMeter:
             raise InputError(f"no tokens to evaluate {name} on")
         variance = self.energy - self.sum.square().sum() / self.n
         ratios = (self.active / self.n, 1 - self.error / variance, self.error / self.energy)
-        return Health(*map(float, ratios), int(self.fired.sum()), self.n, float(self.norm / self.n))
+        return Health(*map(float, ratios), int((self.fired > 0).sum()), self.n, float(self.norm / self.n))
 
 
 def rescale_factor(acts: torch.Tensor, target_norm: float) -> float:
@@ -437,12 +500,21 @@ class LossRecovered(NamedTuple):
 
 
 @torch.no_grad()
-def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, keep: str = "all") -> dict:
+def loss_recovered(
+    adapter, saes: Mapping[Hashable, Any], layer: int, batches, keep: str = "all", *, together=None
+) -> dict:
     """LossRecovered by key, for several SAEs of one layer, over batches of `activations.Inputs`.
 
     Replaced are the outputs of block `layer` at the tokens the SAE is meant for: `keep` "text", "image" or "all"; never
-    padding or special tokens such as BOS. The loss is over all text targets.
+    padding or special tokens such as BOS. The loss is over all text targets. together: lend the model's device to that
+    many SAEs at a time.
     """
+    if together:
+        held, found = list(batches), {}
+        for some in _groups(saes, together):
+            with lent(adapter.device, *some.values()):
+                found |= loss_recovered(adapter, some, layer, held, keep)
+        return found
     layer = adapter.check_layer(layer)
     replacers = {"original": lambda x: x, "zero": torch.zeros_like}
     replacers |= {("sae", key): (lambda x, sae=sae: sae(x.float()).to(x)) for key, sae in saes.items()}

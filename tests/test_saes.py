@@ -116,7 +116,37 @@ def test_learns_sparse_code_and_random_control_does_not():
     blind = saes.evaluate(control, [token_batch({2: held_out})], 2)
     assert blind.l0 == pytest.approx(health.l0, rel=0.02)
     assert blind.explained_variance < health.explained_variance - 0.3
+    x_hat = control(held_out) - control.b_dec
+    y = held_out - control.b_dec
+    assert (x_hat * (y - x_hat)).sum().abs() < 1e-4 * x_hat.square().sum(), "no factor on the decoder would be better"
     assert not torch.equal(control.W_dec, saes.random_sae(sae, held_out, seed=2).W_dec)
+
+
+def test_random_control_of_an_sae_on_another_device(monkeypatch):
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    monkeypatch.setattr(torch.Tensor, "item", lambda _: 2.0)  # tensors on meta have shapes but no values
+    acts, like = torch.randn(50, D_IN), StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=D_SAE, device="meta"))
+    with pytest.raises(RuntimeError, match="same device|meta"):
+        like.encode(acts)
+    control = saes.random_sae(like, acts)
+    assert {p.device.type for p in control.parameters()} == {control(acts.to("meta")).device.type} == {"meta"}
+
+
+def test_few_at_a_time_is_the_same_as_all_at_once(tmp_path):
+    """Lent SAEs end on the CPU; the stream's statistics do not hang on whether its head was held."""
+    jobs = {(0, s): saes.Job(0, s, replace(CONFIG, b_dec_init="mean")) for s in range(3)}
+    expected = saes.fit(batches(60), jobs, d_in=D_IN, progress=False)
+    made = []
+    given = dict(description={}, d_in=D_IN, progress=False, folder=tmp_path, together=2)
+    found = saes.trained(jobs, make=lambda layers: made.append(layers) or (lambda: iter(batches(60))), **given)
+    assert made == [[0], [0]] and list(found) == list(jobs)
+    for key, sae in found.items():
+        assert all(torch.equal(value, expected[key].state_dict()[name]) for name, value in sae.state_dict().items())
+    tokens = [token_batch({0: sparse_acts(300, seed=i)}) for i in range(3)]
+    assert saes.evaluate_all(found, tokens, device="cpu", together=2) == saes.evaluate_all(found, tokens)
+    rate, x = saes.firing_rates(found, tokens)[0, 1], torch.cat([batch.acts[0] for batch in tokens])
+    assert rate == pytest.approx((found[0, 1].encode(x) > 0).double().mean(0).numpy())
 
 
 def test_several_penalties_on_one_stream():
