@@ -8,10 +8,8 @@ beside every token, and a SHA-256 of all that in its own header: one atomic rena
 notebooks may fill one folder at a time.
 """
 
-import errno
 import hashlib
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -61,7 +59,7 @@ class Tokens:
             return
         # nested bars scroll in notebooks
         shown = not self.folder.is_dir() and not getattr(tqdm, "_instances", ())
-        _write(self.folder / "description.json", json.dumps(self.stored, indent=1, sort_keys=True).encode())
+        data.write(self.folder / "description.json", json.dumps(self.stored, indent=1, sort_keys=True).encode())
         for left in self.folder.glob("*/*.tmp-*"):  # of a run that was killed, not of one that goes on
             if left.stat().st_mtime < time.time() - 3600:
                 left.unlink(missing_ok=True)
@@ -86,7 +84,7 @@ class Tokens:
             beside |= {k: beside[k].int() for k in _INT}
             for layer in missing:
                 shards[layer] = {"acts": torch.cat([b.acts[layer] for b in batches]), **beside}
-                _write(paths[layer], save(shards[layer], metadata={"sha256": _digest(shards[layer])}))
+                data.write(paths[layer], save(shards[layer], metadata={"sha256": _digest(shards[layer])}))
         self.computed += len(missing)
         self.reused += len(self.layers) - len(missing)
         first = shards[self.layers[0]]
@@ -114,26 +112,6 @@ def _load(path: Path) -> dict[str, torch.Tensor] | None:
         reason = str(error)
     warnings.warn(f"damaged shard {path} will be made again: {reason}", stacklevel=4)
     return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write atomically: a reader sees the whole file or none, and a failure leaves nothing behind."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        needs = f"{len(data) / 2**20:.1f} MiB"
-        kept = "make room and run again (finished shards are kept)"
-        raise InputError(f"disk full: {path} needs {needs}; {kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def of_images(
@@ -172,7 +150,8 @@ def of_texts(
     interleaved = bool(texts) and isinstance(texts[0], data.Interleaved)
     make = data.interleaved_batches if interleaved else data.text_batches
     batches = partial(make, adapter, texts, batch_size, max_tokens=max_tokens)
-    content = [[t.text, *(hashlib.sha256(i.tobytes()).hexdigest() for i in t.images)] for t in texts if interleaved]
+    read = lambda image: image.read_bytes() if isinstance(image, Path) else image.tobytes()  # noqa: E731
+    content = [[t.text, *(hashlib.sha256(read(i)).hexdigest() for i in t.images)] for t in texts if interleaved]
     about = {"texts": fingerprint(content or texts), "max_tokens": max_tokens}
     return _tokens(adapter, batches, about, layers, keep, reading, len(texts), folder)
 

@@ -130,9 +130,9 @@ def load(name: str, split="test", per_class: int | None = None, *, seed=0, on_ba
 
     ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall), a folder with one subfolder of
     images a class (or with ``split`` between), a ``.parquet`` or ``.arrow`` file, or a hub id. ``per_class`` keeps that
-    many images of each class, drawn with ``seed``, and reads a hub data set or file whose classes have names no further
-    than to have them. An image that cannot be decoded stops with its name, or with
-    ``on_bad_image="skip"`` is left out and listed in ``skipped``. Raises InputError for what is missing or unreadable.
+    many images of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they
+    are there. An image that cannot be decoded stops with its name, or with ``on_bad_image="skip"`` is left out and
+    listed in ``skipped``. Raises InputError for what is missing or unreadable.
     """
     if on_bad_image not in ("stop", "skip"):
         raise InputError(f"on_bad_image is {on_bad_image!r}: it must be stop or skip")

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import shutil
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from mmsae_helpers.activations import Inputs
 
 PAD, BOS, EOS, IMAGE = 0, 2, 1, 63
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # 5 s a stream otherwise
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,7 @@ def test_obelics_layout_counts_what_cannot_be_had(tmp_path):
     Dataset.from_dict(rows).to_parquet(tmp_path / "o.parquet")
     documents = data.interleaved(str(tmp_path / "o.parquet"), 2, seed=0)
     assert sorted(d.text for d in documents) == ["<image> <image>", "before <image> after"]
-    assert all(i.size == (30, 20) for d in documents for i in d.images)
+    assert all(i.size == (30, 20) for d in documents for i in d.opened())
     with pytest.raises(InputError, match=r"has 2 documents .* but 3 are needed \(2 left out\)"):
         data.interleaved(str(tmp_path / "o.parquet"), 3)
     Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "t.parquet")
