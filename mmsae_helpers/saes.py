@@ -388,11 +388,11 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
     directions = torch.randn(like.cfg.d_sae, like.cfg.d_in, generator=torch.Generator().manual_seed(seed))
     directions = torch.nn.functional.normalize(directions, dim=1).to(acts)
     mean = acts.mean(0)
-    bias, centred = torch.full_like(directions[:, 0], -torch.inf), (acts - mean).T
-    for part in counts.nonzero().squeeze(1).split(128):
-        z, silent = directions[part] @ centred, (len(acts) - counts[part]).clamp(min=1)
-        kth = z.sort(1).values.gather(1, silent[:, None] - 1)[:, 0] if matched else z.kthvalue(silent[0].item()).values
-        bias[part] = -kth
+    bias, centred = torch.empty_like(directions[:, 0]), (acts - mean).T
+    for part in counts.argsort().split(128):  # like with like, so that few need be ranked
+        beyond = counts[part].clamp(max=len(acts) - 1)
+        highest = (directions[part] @ centred).topk(int(beyond[-1].item()) + 1).values
+        bias[part] = torch.where(counts[part] > 0, -highest.gather(1, beyond[:, None])[:, 0], -torch.inf)
     sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
     sae.b_dec.data, sae.b_enc.data = mean, bias
     sae = _ready(sae.to(device=like.device, dtype=like.dtype))
