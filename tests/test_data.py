@@ -1,6 +1,8 @@
 """Data sets: the embedded world, folders, files, documents of the web, and what cannot be read."""
 
+import errno
 import io
+import os
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -249,6 +251,15 @@ def test_images_in_the_file_are_kept_as_files(tmp_path, monkeypatch):
     assert document.images[0].parent.name == "mmsae_images" and document.opened()[0].size == (6, 4)
     with pytest.raises(InputError, match=r"but 2 are needed \(1 left out\)"):
         data.interleaved(str(tmp_path / "o.parquet"), 2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="disk full: .*mmsae_images.* make room"):
+        data.interleaved(str(tmp_path / "o.parquet"), 1)
+    assert not list((tmp_path / "other" / "mmsae_images").iterdir())
 
 
 @pytest.mark.parametrize("name", ["llava-next", "chameleon"])
