@@ -53,34 +53,70 @@ class Similarity:
         return np.divide((weighted**2).sum(axis=1) - squares, pairs, out=np.full(len(pairs), np.nan), where=enough)
 
 
-def purity(activations: sp.csr_matrix, attributes: pd.DataFrame, seed: int | None = None) -> pd.DataFrame:
-    """The attribute value each feature stands for best: columns purity, attribute, value, n_images; a row a feature.
+class Purity:
+    """The attribute value each feature stands for best, in one pass; memory V x F for V values of all attributes.
 
-    ``attributes`` [S, A] of strings. Of value v of an attribute with V values, p = mean activation over the images with
-    v / sum over values of that mean, and purity = (p V - 1) / (V - 1): 0 where all values are alike, 1 where only one
-    fires. The best over attributes and values; nan and "" where the feature never fires. ``n_images``: on which it
-    fires. ``seed``: the control, with the images' attributes dealt out at random.
-    Raises InputError for other than one row an image, or where no attribute varies.
+    ``attributes`` [S, A] of strings, of all images. Of value v of an attribute with V values, p = mean activation over
+    the images with v / sum over values of that mean, and purity = (p V - 1) / (V - 1): 0 where all values are alike, 1
+    where only one fires. The best over attributes and values. ``seed``: the control, with the attributes dealt out at
+    random. ``draws``: as many bootstrap samples of the images (Poisson weights) beside, for `bootstrap`.
+    Raises InputError where no attribute varies.
     """
-    if len(attributes) != activations.shape[0]:
-        raise InputError(f"purity: {activations.shape[0]} images but attributes of {len(attributes)}")
-    order = np.arange(len(attributes)) if seed is None else np.random.default_rng(seed).permutation(len(attributes))
-    shares, names = [], []
-    for attribute, column in attributes.iloc[order].items():
-        values, group, count = np.unique(column.to_numpy(str), return_inverse=True, return_counts=True)
-        if (v := len(values)) < 2:
-            continue
-        member = sp.csr_matrix((1 / count[group], (group, np.arange(len(group)))), shape=(v, len(group)))
-        mean = (member @ activations).toarray()
-        total = mean.sum(axis=0)
-        share = np.divide(mean, total, out=np.full(mean.shape, np.nan), where=total > 0)
-        shares.append((share * v - 1) / (v - 1))
-        names += [(attribute, value) for value in values]
-    if not names:
-        raise InputError("purity: no attribute takes two values on these images")
-    shares, n_images = np.concatenate(shares), np.asarray((activations > 0).sum(axis=0)).ravel()
-    fires = n_images > 0
-    best = np.where(fires, np.nan_to_num(shares, nan=-np.inf).argmax(axis=0), 0)
-    purest = np.where(fires, shares[best, np.arange(len(best))], np.nan)
-    named = np.where(fires[:, None], np.array(names, str)[best], "")
-    return pd.DataFrame({"purity": purest, "attribute": named[:, 0], "value": named[:, 1], "n_images": n_images})
+
+    def __init__(self, attributes: pd.DataFrame, d_sae: int, seed: int | None = None, draws: int = 0):
+        order = np.arange(len(attributes))
+        order = order if seed is None else np.random.default_rng(seed).permutation(order)
+        found = {
+            name: np.unique(column.to_numpy(str)[order], return_inverse=True) for name, column in attributes.items()
+        }
+        found = {name: pair for name, pair in found.items() if len(pair[0]) > 1}
+        if not found:
+            raise InputError("purity: no attribute takes two values on these images")
+        self.names = np.array([(name, value) for name, (values, _) in found.items() for value in values], str)
+        self._edges = np.cumsum([0, *(len(values) for values, _ in found.values())])
+        rows = [first + group for first, (_, group) in zip(self._edges, found.values(), strict=False)]
+        of = np.tile(np.arange(len(order)), len(rows))
+        self._member = sp.csr_matrix((np.ones(len(of)), (of, np.concatenate(rows))), (len(order), len(self.names)))
+        self._weights = np.random.default_rng(0).poisson(1.0, (draws, len(order)))
+        self._weights = np.concatenate([np.ones((1, len(order))), self._weights])
+        self._sums = np.zeros((1 + draws, len(self.names), d_sae))
+        self._counts = np.zeros((1 + draws, len(self.names)))
+
+    def add(self, activations: sp.csr_matrix, ids) -> None:
+        """``activations`` csr [S, F] of the images ``ids`` [S], rows of ``attributes``; each image once."""
+        member = self._member[ids]
+        for weight, sums, counts in zip(self._weights[:, ids], self._sums, self._counts, strict=True):
+            part = sp.diags(weight) @ member
+            sums += (part.T @ activations).toarray()
+            counts += np.asarray(part.sum(axis=0)).ravel()
+
+    def score(self) -> pd.DataFrame:
+        """A row a feature: purity (nan where it never fires), attribute and value ("" there)."""
+        shares = self._shares(0)
+        fires = self._sums[0].any(axis=0)
+        best = np.where(fires, np.nan_to_num(shares, nan=-np.inf).argmax(axis=0), 0)
+        named = np.where(fires[:, None], self.names[best], "")
+        purest = np.where(fires, shares[best, np.arange(len(best))], np.nan)
+        return pd.DataFrame({"purity": purest, "attribute": named[:, 0], "value": named[:, 1]})
+
+    def bootstrap(self) -> np.ndarray:
+        """Purity [draws, F] on each bootstrap sample of the images; 0 where a feature does not fire in one."""
+        return np.array([np.nan_to_num(self._shares(i)).max(axis=0) for i in range(1, len(self._sums))])
+
+    def _shares(self, draw: int) -> np.ndarray:
+        mean, shares = self._sums[draw] / np.maximum(self._counts[draw], 1)[:, None], []
+        for lo, hi in zip(self._edges[:-1], self._edges[1:], strict=True):
+            total, v = mean[lo:hi].sum(axis=0), np.count_nonzero(self._counts[draw, lo:hi])
+            share = np.divide(mean[lo:hi], total, out=np.full((hi - lo, len(total)), np.nan), where=total > 0)
+            shares.append((share * v - 1) / max(v - 1, 1))
+        return np.concatenate(shares)
+
+
+def beyond_chance(purity: pd.Series, control: pd.Series, n: pd.Series, by=(), level: float = 0.95) -> pd.Series:
+    """Whether each purity is above the ``level`` quantile of the controls of features with as large an ``n``.
+
+    All indexed alike; n, images or tokens on which a feature fires, counts as alike within a factor of 1.4; ``by``:
+    series within whose groups alone features are compared.
+    """
+    alike = np.log2(n.clip(lower=1)).mul(2).round()
+    return purity > control.groupby([*by, alike]).transform("quantile", level)

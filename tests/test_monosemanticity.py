@@ -53,6 +53,13 @@ def test_similarity_of_alike_and_of_opposite_images():
         score.add(to_csr(np.ones((2, 3))), np.ones((1, 2)))
 
 
+def purity(z, attributes, parts=1, **options):
+    one = monosemanticity.Purity(attributes, z.shape[1], **options)
+    for ids in np.array_split(np.arange(len(z)), parts):
+        one.add(to_csr(z[ids]), ids)
+    return one.score()
+
+
 def purity_by_definition(z, attributes):
     best = []
     for a in z.T.astype(float):
@@ -72,27 +79,47 @@ def test_purity_is_the_definition(z, seed):
         {"color": rng.choice(list("rgb"), len(z)), "same": "x", "size": rng.choice(["a", "b"], len(z))}
     )
     table.loc[:1, "size"] = ["a", "b"]
-    out = monosemanticity.purity(to_csr(z), table)
+    out = purity(z, table, parts=3)
     np.testing.assert_allclose(out["purity"], purity_by_definition(z, table), atol=1e-6)
-    assert out["n_images"].tolist() == (z > 0).sum(axis=0).tolist()
-    assert (out["attribute"] != "same").all() and ((out["value"] == "") == (out["n_images"] == 0)).all()
+    assert (out["attribute"] != "same").all() and ((out["value"] == "") == (z == 0).all(axis=0)).all()
 
 
 def test_pure_mixed_and_silent_features_and_the_control():
     color = np.repeat(["blue", "red", "navy", "pink"], 100)
     table = pd.DataFrame({"color": color, "size": np.tile(["big", "small"], 200)})
     z = np.stack([(color == "red") * 2.0, np.ones(400), np.zeros(400)], axis=1)
-    out = monosemanticity.purity(to_csr(z), table)
+    out = purity(z, table)
     assert out["purity"][:2].tolist() == pytest.approx([1, 0]) and np.isnan(out["purity"][2])
-    assert out.loc[0, ["attribute", "value", "n_images"]].tolist() == ["color", "red", 100]
-    assert out.loc[2, ["attribute", "value", "n_images"]].tolist() == ["", "", 0]
-    control = monosemanticity.purity(to_csr(z), table, seed=3)
-    assert control["purity"][0] < 0.3 and control["n_images"].tolist() == [100, 400, 0]
-    pd.testing.assert_frame_equal(control, monosemanticity.purity(to_csr(z), table, seed=3))
+    assert out.loc[0, ["attribute", "value"]].tolist() == ["color", "red"]
+    assert out.loc[2, ["attribute", "value"]].tolist() == ["", ""]
+    control = purity(z, table, seed=3)
+    assert control["purity"][0] < 0.3
+    pd.testing.assert_frame_equal(control, purity(z, table, parts=4, seed=3))
+    assert control["purity"][0] != purity(z, table, seed=4)["purity"][0]
+
+
+def test_bootstrap_is_purity_of_images_drawn_again():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"color": rng.choice(list("rgb"), 60), "size": rng.choice(["a", "b"], 60)})
+    z = np.maximum(rng.standard_normal((60, 4)), 0).astype(np.float32)
+    one = monosemanticity.Purity(table, 4, draws=3)
+    for ids in np.split(np.arange(60), 4):
+        one.add(to_csr(z[ids]), ids)
+    drawn = np.random.default_rng(0).poisson(1.0, (3, 60))
+    for weight, found in zip(drawn, one.bootstrap(), strict=True):
+        again = np.repeat(np.arange(60), weight)
+        np.testing.assert_allclose(found, purity_by_definition(z[again], table.iloc[again]), atol=1e-6)
+
+
+def test_beyond_chance_compares_like_with_like():
+    n = pd.Series([10] * 100 + [1000] * 100)
+    control = pd.Series(np.r_[np.linspace(0.5, 1, 100), np.linspace(0, 0.5, 100)])
+    found = monosemanticity.beyond_chance(pd.Series([0.7] * 199 + [np.nan]), control, n)
+    assert not found[:100].any() and found[100:199].all() and not found[199]
+    apart = monosemanticity.beyond_chance(pd.Series([0.7] * 200), control, n * 0 + 1, [n])
+    assert apart.equals(n > 10)
 
 
 def test_bad_tables_are_one_line():
-    with pytest.raises(InputError, match="2 images but attributes of 1"):
-        monosemanticity.purity(to_csr(np.ones((2, 1))), pd.DataFrame({"a": ["x"]}))
     with pytest.raises(InputError, match="no attribute takes two values"):
-        monosemanticity.purity(to_csr(np.ones((2, 1))), pd.DataFrame({"a": ["x", "x"]}))
+        monosemanticity.Purity(pd.DataFrame({"a": ["x", "x"]}), 1)
