@@ -101,7 +101,8 @@ class Purity:
 
     def bootstrap(self) -> np.ndarray:
         """Purity [draws, F] on each bootstrap sample of the images; 0 where a feature does not fire in one."""
-        return np.array([np.nan_to_num(self._shares(i)).max(axis=0) for i in range(1, len(self._sums))])
+        drawn = [np.nan_to_num(self._shares(i)).max(axis=0) for i in range(1, len(self._sums))]
+        return np.reshape(drawn, (len(drawn), self._sums.shape[2]))
 
     def _shares(self, draw: int) -> np.ndarray:
         mean, shares = self._sums[draw] / np.maximum(self._counts[draw], 1)[:, None], []

@@ -110,6 +110,8 @@ def test_bootstrap_is_purity_of_images_drawn_again():
         again = np.repeat(np.arange(60), weight)
         np.testing.assert_allclose(found, purity_by_definition(z[again], table.iloc[again]), atol=1e-6)
 
+    assert monosemanticity.Purity(table, 4).bootstrap().shape == (0, 4)
+
 
 def test_beyond_chance_compares_like_with_like():
     n = pd.Series([10] * 100 + [1000] * 100)
