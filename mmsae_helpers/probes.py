@@ -186,3 +186,15 @@ def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, progress
     with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = list(tqdm(pool.map(run, tasks), "probes", len(tasks), mininterval=1, disable=not progress))
     return pd.DataFrame(rows, columns=["name", "train_parts", "test_parts", "seed", "macro_f1"])
+
+
+def chosen(table: pd.DataFrame, by: Sequence[str]) -> tuple[pd.Series, dict]:
+    """Score of the cell that is best on the *other* seeds, by seed, and that cell by seed.
+
+    table: rows of `grid` with columns seed, macro_f1 and those of `by`, which name a cell. A best cell picked on the
+    seeds it is then judged on would flatter itself; with a single seed there is no other, and it is.
+    """
+    wide = table.pivot_table(index="seed", columns=by, values="macro_f1")
+    others = {seed: wide.drop(index=seed) if len(wide) > 1 else wide for seed in wide.index}
+    best = {seed: rest.mean().idxmax() for seed, rest in others.items()}
+    return pd.Series({seed: wide.loc[seed, cell] for seed, cell in best.items()}), best

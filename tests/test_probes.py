@@ -1,6 +1,7 @@
 """Probes against scikit-learn, for every way they can be called."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -154,3 +155,11 @@ def test_features_that_do_not_vary_in_training_do_not_matter():
         same = [probes.predict(x, y, train, test, classifier=classifier) for x in (X, wide)]
         assert np.mean(same[0] == same[1]) > 0.99
     assert len(probes.predict(np.ones((200, 3)), y, train, test)) == len(test)
+
+
+def test_the_cell_chosen_is_best_on_the_other_seeds():
+    rows = [(0, "a", 1.0), (0, "b", 0.2), (1, "a", 0.3), (1, "b", 0.9), (2, "a", 0.5), (2, "b", 0.6)]
+    table = pd.DataFrame(rows, columns=["seed", "cell", "macro_f1"])
+    score, cell = probes.chosen(table, ["cell"])
+    assert cell == {0: "b", 1: "a", 2: "a"} and score.tolist() == [0.2, 0.3, 0.5]
+    assert probes.chosen(table[table["seed"] == 1], ["cell"])[1] == {1: "b"}
