@@ -15,7 +15,7 @@ from mmsae_helpers.errors import InputError
 expect.set_options(timeout=20_000)  # a loaded machine draws late
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=2'>"
 N_IMAGES, K, BINS, GRID = 150, 9, 12, (4, 5)
-WORDS = ["red", "blue", "circle", HOSTILE, "", "large"]
+WORDS = ["red", "blue", "circle", HOSTILE, "", 'before "white"']
 
 
 def material(rows=400):
@@ -94,6 +94,8 @@ def test_first_view(opened):
     assert title(page) == "Layer 1, feature 0: red"
     assert "400 features in 2 layers, measured on 150 images and 5,000 tokens" in page.inner_text("#summary")
     assert "10 are dead (fire on no image), 40 rare (on 1 to 8 images)" in page.inner_text("#summary")
+    assert "fewer than 9 images come last" in page.inner_text("#last")
+    assert page.locator("#state option[value=rare]").inner_text() == "rare only: 1 to 8 images"
     assert page.locator(".row").count() < 60
     assert page.locator(".thumb").count() == 9 and page.locator("canvas.heat").count() == 9
     assert "cross-attention at the caption token" in page.inner_text("#feature")
@@ -137,8 +139,30 @@ def test_search_filter_and_sort(opened):
     passes(page, passing.sum())
     page.select_option("#sort", "similarity")
     page.select_option("#direction", "-1")
-    best = table[passing].sort_values("similarity", ascending=False).iloc[0]
+    best = table[passing & (table.n_images >= K)].sort_values("similarity", ascending=False).iloc[0]
     expect(page.locator(".row .id").first).to_have_text(f"5/{best.feature}")
+
+
+@pytest.mark.parametrize("score", ["similarity", "purity"])
+def test_features_on_few_images_come_last_by_score(opened, score):
+    page = opened()
+    shown(page, "1/0")
+    page.select_option("#sort", score)
+    page.select_option("#direction", "-1")
+    table = material()["table"]
+    parts = [table[table.n_images >= K], table[table.n_images < K]]
+    many, few = (part.sort_values(score, ascending=False, kind="stable") for part in parts)
+    assert few[score].max() > many[score].min(), "the order is not that of the score alone"
+    order = [f"{row.layer}/{row.feature}" for row in pd.concat([many, few]).itertuples()]
+    chosen = page.locator('[role=option][aria-selected="true"]')
+    expect(chosen).to_have_attribute("aria-posinset", str(order.index("1/0") + 1))  # once sorted
+    page.focus("#list")
+    for press, at in [("Home", 0), ("ArrowDown", 1), ("End", -1)]:  # the last is dead and has no score
+        page.keyboard.press(press)
+        shown(page, order[at])
+    page.select_option("#state", "rare")
+    passes(page, 40)
+    expect(page.locator(".row .id").first).to_have_text(order[len(many)])
 
 
 def test_keys_step_through_what_passes_the_filter(opened):
@@ -175,6 +199,11 @@ def test_links(opened):
     page = opened("#5/30")
     shown(page, "5/30")
     assert title(page).startswith("Layer 5, feature 30")
+    page.evaluate("location.hash = '#1/15'")
+    shown(page, "1/15")
+    assert title(page) == 'Layer 1, feature 15: before "white"'
+    page.evaluate("location.hash = '#5/30'")
+    shown(page, "5/30")
     near = page.locator("#feature a[href='#5/33']")
     near.click()
     shown(page, "5/33")

@@ -68,6 +68,8 @@
     for (let row = 0; row < total; row++) { gone += dead(row); few += rare(row); }
     $("summary").textContent = `${whole(total)} features in ${table.layers.length} layer${table.layers.length === 1 ? "" : "s"}, measured on ${whole(meta.n_images)} images and ` +
       `${whole(meta.n_tokens)} tokens. ${whole(gone)} are dead (fire on no image), ${whole(few)} rare (on 1 to ${whole(meta.rare - 1)} images).`;
+    $("state").querySelector("[value=rare]").append(`: 1 to ${meta.rare - 1} images`);
+    $("last").textContent = `By similarity and purity, features on fewer than ${meta.rare} images come last: few images are easily alike.`;
     $("note").textContent = meta.note;
     if (innerWidth < 736) $("more").open = false;
     apply();
@@ -96,8 +98,9 @@
     if (by === "order") { if (sign < 0) kept.reverse(); }
     else if (by === "label") kept.sort((a, b) => (!label(a) - !label(b)) || sign * (label(a) < label(b) ? -1 : label(a) > label(b) ? 1 : 0) || a - b);
     else {
-      const column = table[by];
-      kept.sort((a, b) => ((column[a] === null) - (column[b] === null)) || sign * (column[a] - column[b]) || a - b);
+      const column = table[by], score = by === "similarity" || by === "purity";
+      const last = row => column[row] === null ? 2 : Number(score && table.n_images[row] < meta.rare);
+      kept.sort((a, b) => last(a) - last(b) || sign * (column[a] - column[b]) || a - b);
     }
     $("count").textContent = kept.length ? `${whole(kept.length)} of ${whole(total)} features` : `None of ${whole(total)} features passes the filter`;
     $("track").style.height = `${kept.length * ROW}px`;
@@ -113,7 +116,7 @@
       const row = kept[at], word = label(row);
       rows.push(make("div", { class: "row", role: "option", id: `row-${row}`, "aria-selected": String(row === current), "aria-posinset": at + 1, "aria-setsize": kept.length,
         style: `top:${at * ROW}px`, click: () => step(at) },
-        make("span", {}, make("span", { class: "id" }, key(row)), word || "(no word)"), make("span", { class: "number" }, dead(row) ? "dead" : percent(table.frequency[row])),
+        make("span", {}, make("span", { class: "id" }, key(row)), word || "(no label)"), make("span", { class: "number" }, dead(row) ? "dead" : percent(table.frequency[row])),
         make("small", {}, table.purity[row] === null ? "" : `${about(row)} ${short(table.purity[row], 2)}`), make("small", {}, table.similarity[row] === null ? "" : `sim. ${short(table.similarity[row], 2)}`)));
     }
     $("track").replaceChildren(...rows);
@@ -180,7 +183,7 @@
     const spoken = words.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["word", "mean activation", "", "over tokens"].map(text => make(text ? "th" : "td", text ? { scope: "col" } : {}, text)))),
       make("tbody", {}, ...words.map(([word, mean, count]) => make("tr", {}, make("td", {}, word), make("td", {}, short(mean)), make("td", { class: "meter", "aria-hidden": "true" }, make("i", { style: `width:${Math.max(1, 100 * mean / most)}%` })), make("td", {}, whole(count))))))
       : make("p", {}, "None.");
-    const near = content.near[i].map((other, j) => other < 0 ? null : make("tr", {}, make("td", {}, make("a", { href: link(other) }, key(other)), ` ${label(other) || "(no word)"}`), make("td", {}, short(content.cosines[i][j])))).filter(Boolean);
+    const near = content.near[i].map((other, j) => other < 0 ? null : make("tr", {}, make("td", {}, make("a", { href: link(other) }, key(other)), ` ${label(other) || "(no label)"}`), make("td", {}, short(content.cosines[i][j])))).filter(Boolean);
     const neighbours = near.length ? make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "feature"), make("th", { scope: "col" }, "cosine"))), make("tbody", {}, ...near)) : make("p", {}, "None.");
     $("feature").replaceChildren(...head, shown, make("div", { class: "two" }, section("Activation histogram", histogram(content.histogram[i], content.edges[i] || content.edges[0])),
       section("Caption words it fires on", spoken), section("Neighbours by decoder cosine", neighbours)));
