@@ -33,8 +33,12 @@ class Split(NamedTuple):
 
         bool [F, 4]; and the share of all F for which the same holds of a shuffle in the data's place, float [4].
         """
-        bar = np.maximum(more_than, np.quantile(self.shuffled, level, axis=0))
+        bar = self.bar(more_than, level)
         return self.shares.component > bar, (self.shuffled > bar).mean((0, 1))
+
+    def bar(self, more_than: float = 0.5, level: float = 0.95) -> np.ndarray:
+        """What a follower's share exceeds, float [F, 4]."""
+        return np.maximum(more_than, np.quantile(self.shuffled, level, axis=0))
 
 
 def two_way(values) -> Shares:
@@ -97,11 +101,7 @@ def dense(pooled, shape: tuple[int, int, int], wanted) -> np.ndarray:
 
 def split(pooled, shape: tuple[int, int, int], wanted, *, n_shuffles: int = 0, seed=0, batch: int = 128) -> Split:
     """`two_way` of the features ``wanted`` of a csr (see `dense`) and of ``n_shuffles`` shuffles, a batch at a time."""
-    eta, component, null = (
-        np.empty((len(wanted), 4)),
-        np.empty((len(wanted), 4)),
-        np.empty((n_shuffles, len(wanted), 4)),
-    )
+    eta, component, null = (np.empty((*n, len(wanted), 4)) for n in ((), (), (n_shuffles,)))
     for start in range(0, len(wanted), batch):
         now = slice(start, start + batch)
         values = dense(pooled, shape, wanted[now])
@@ -111,6 +111,20 @@ def split(pooled, shape: tuple[int, int, int], wanted, *, n_shuffles: int = 0, s
         for k in range(n_shuffles):
             null[k, now] = _shares(shuffle(values, [seed, k]), total).component
     return Split(Shares(eta, component), null)
+
+
+def refollow(pooled, shape: tuple[int, int, int], wanted, bar, picks, batch: int = 128) -> np.ndarray:
+    """Share of the features ``wanted`` (as in `split`) above their ``bar`` [F, 4] on parts of the table, [picks, 4].
+
+    ``picks``: (images, questions, phrasings), index arrays of at least 2 each: resampled, or some left out.
+    """
+    above = np.zeros((len(picks), 4))
+    for start in range(0, len(wanted), batch):
+        now = slice(start, start + batch)
+        values = dense(pooled, shape, wanted[now])
+        for k, pick in enumerate(picks):
+            above[k] += (two_way(values[np.ix_(*pick)]).component > bar[now]).sum(0)
+    return above / max(len(wanted), 1)
 
 
 def explained(effects, values) -> np.ndarray:

@@ -116,10 +116,17 @@ def test_a_shuffle_keeps_each_phrasing_and_loses_image_and_question():
 def test_followers_are_found_against_the_shuffles():
     sources = {"image": 1, "rest": 0.2}, {"question": 1, "rest": 0.2}, {"both": 1, "rest": 0.2}, {"rest": 1}
     y = np.concatenate([made(**sizes, n=10) for sizes in sources], axis=3)
-    found, by_chance = anova.split(sp.csr_matrix(y.reshape(-1, 40)), SHAPE, np.arange(40), n_shuffles=40).followers()
+    table = sp.csr_matrix(y.reshape(-1, 40))
+    split = anova.split(table, SHAPE, np.arange(40), n_shuffles=40)
+    found, by_chance = split.followers()
     counts = found.reshape(4, 10, 4).sum(1)
     assert counts[0, 0] == counts[1, 1] == counts[2, 2] == 10 and counts.trace() + counts[3, 3] == counts.sum()
     assert (by_chance <= 0.05).all()
+    whole = [np.arange(n) for n in SHAPE]
+    picks = [whole, (whole[0][::-1].repeat(2), *whole[1:]), (whole[0][:1].repeat(2), *whole[1:])]
+    again = anova.refollow(table, SHAPE, np.arange(40), split.bar(), picks, batch=15)
+    np.testing.assert_allclose(again[0], found.mean(0))
+    assert again[1, 0] >= 0.25 and again[2, 0] == 0, "one image twice: no variance is the image's"
 
 
 def test_explained_finds_the_attribute_and_gives_chance_nothing():
