@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from mmsae_helpers.features import OccurrenceCounter, encode, max_per_sample, retrieve_top1, share_on_object
+from mmsae_helpers.features import OccurrenceCounter, clean, encode, max_per_sample, retrieve_top1, share_on_object
+from mmsae_helpers.saes import random_sae
 from mmsae_helpers.workers import crew
 
 KINDS = ("reads", "predicts")
@@ -125,6 +126,45 @@ def scan(scans: Mapping, tokens) -> None:
     with crew() as each:
         for batch in tokens:
             each(lambda one, batch=batch: one.add(batch), scans.values())
+
+
+def controls(saes: Mapping, acts: Mapping, scales: Mapping | None = None, first_seed: int = 1000) -> dict:
+    """A random SAE for each SAE by its key (layer, seed), feature by feature as frequent on ``acts`` {layer: [N, d]}.
+
+    ``scales`` by key multiply the activations first. The directions depend on the seed alone: controls of one SAE
+    matched on text and on image tokens differ in thresholds only.
+    """
+
+    def matched(key):
+        scale = (scales or {}).get(key, 1.0)
+        own = acts[key[0]] * scale if scale != 1.0 else acts[key[0]]
+        return random_sae(saes[key], own, first_seed + key[1], matched=True)
+
+    with crew(next(iter(saes.values())).device) as each:
+        return dict(zip(saes, each(matched, saes), strict=True))
+
+
+def top_features(counts, max_images: float) -> tuple[np.ndarray, np.ndarray]:
+    """Each class's top feature and the number of its images that retrieve it, both [classes]; paper A, retrieval.
+
+    ``counts`` [classes, d_sae] as of `OccurrenceCounter`. Features that more than ``max_images`` images retrieve take
+    no part; of equal ones the lowest is the top, and -1 with 0 images where none is retrieved.
+    """
+    left = counts * clean(counts, max_images)
+    found = left.max(1)
+    return np.where(found > 0, left.argmax(1), -1), found
+
+
+def described(tops, label_of: Mapping, names: list[set]) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the label of a class's top feature is true of the class, and by how many classes it is: [classes] each.
+
+    ``tops`` [classes] feature or -1; ``label_of`` maps features to labels; ``names``: the words of each class. A class
+    whose top feature has no label is a miss. The second is the share of all classes of which the label is true: what
+    labels would hit if they were dealt out among the classes at random.
+    """
+    said = [label_of.get(feature) for feature in tops]
+    true = [word in own for word, own in zip(said, names, strict=True)]
+    return np.array(true, float), np.array([np.mean([word in own for own in names]) for word in said])
 
 
 def shuffle(labels: pd.DataFrame, seed: int) -> pd.DataFrame:
