@@ -167,6 +167,11 @@ def intervals(by_seed: pd.DataFrame) -> dict[tuple, dict[str, Interval]]:
     return {key: {c: over_seeds(part[c]) for c in part} for key, part in by_seed.groupby(level=levels)}
 
 
+def known(values: Mapping[str, Interval]) -> dict[str, Interval]:
+    """Those that `over_seeds` found a value for."""
+    return {name: value for name, value in values.items() if value.n}
+
+
 def where_it_looked(captioner, saes: Mapping[int, object], ids: Mapping[int, np.ndarray], batches: Iterable) -> dict:
     """Cross-attention at the token where a feature fires most, for each of its top images; one pass for all layers.
 

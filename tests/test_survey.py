@@ -10,7 +10,7 @@ import torch
 from mmsae_helpers import saes
 from mmsae_helpers.activations import TokenBatch
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.survey import BIN_EDGES, Survey, for_browser, intervals, judged, over_seeds, per_seed, survey
+from mmsae_helpers.survey import BIN_EDGES, Survey, for_browser, intervals, judged, known, over_seeds, per_seed, survey
 
 F, D, S = 6, 6, 9
 
@@ -112,6 +112,7 @@ def test_judged_and_per_seed():
     silent = per_seed(judged(rows.assign(n_images=0), 8, 0.8, 0.5))
     assert silent["features"].tolist() == [0, 0] and silent["pure"].isna().all()
     none = intervals(silent)[0, "a"]
+    assert set(known(none)) == {"features", "rare", "dead"}
     assert str(none["pure"]) == "nan" and none["features"].value == 0 and over_seeds([]).n == 0
 
 
