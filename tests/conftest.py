@@ -9,6 +9,7 @@ import shutil
 from types import SimpleNamespace
 
 import datasets
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,8 @@ import torch
 from mmsae_helpers.activations import Inputs
 
 PAD, BOS, EOS, IMAGE = 0, 2, 1, 63
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("suite")
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # 5 s a stream otherwise
 
 

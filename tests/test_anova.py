@@ -35,7 +35,7 @@ def plain(y):
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.tuples(*[st.integers(2, 5)] * 3), st.integers(0, 2**31), st.floats(0.0, 0.95))
 def test_shares_sum_to_one_and_equal_the_plain_definition(shape, seed, sparse):
     rng = np.random.default_rng(seed)

@@ -56,7 +56,7 @@ def weights_by_definition(z, is_image, residual, reading, k):
 
 
 @pytest.mark.parametrize("reading", ["paper", "as_published"])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(made=streams(), k=st.sampled_from([1, 2, 5]), step=st.sampled_from([1, 7, None]))
 def test_weights_equal_the_definition(reading, made, k, step):
     z, is_image, residual, cuts = made
@@ -132,7 +132,7 @@ def scores_by_definition(z, sample, is_image, weights):
     return rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(made=streams(), together=st.booleans(), seed=st.integers(0, 99))
 def test_sample_scores_equal_the_definition(made, together, seed):
     z, is_image, _, _ = made

@@ -29,7 +29,7 @@ def by_pairs(activations, embeddings):
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_closed_form_is_the_loop_over_pairs(data):
     shape = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 5)))
     activations = data.draw(hnp.arrays(np.float32, shape, elements=VALUES))

@@ -33,7 +33,7 @@ def scores_by_definition(z, sample, patch, is_image, weights):
     return np.array(list(found.values())).reshape(-1, P, 4)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(n=st.integers(0, 60), seed=st.integers(0, 2**32), of_images=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
 def test_scores_equal_the_definition(n, seed, of_images):
     rng = np.random.default_rng(seed)

@@ -59,7 +59,7 @@ def test_the_tokenizer_knows_every_word_and_keeps_the_image_token():
     assert len(tokenizer.encode("<image>" * 3 + " red", add_special_tokens=False)) == 4
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32), st.booleans())
 def test_documents_tell_the_truth_and_fit_the_context(seed, word_lists):
     rng = np.random.default_rng(seed)
