@@ -136,13 +136,10 @@ def load(name: str, split="test", per_class: int | None = None, *, seed=0, on_ba
     """
     if on_bad_image not in ("stop", "skip"):
         raise InputError(f"on_bad_image is {on_bad_image!r}: it must be stop or skip")
-    if name in (EMBEDDED, EMBEDDED_ASPECTS):
-        from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE, make_dataset
+    if sizes := _embedded_sizes(name, split):
+        from mmsae_helpers.tinyworld.dataset import SPLITS, make_dataset
 
-        if split not in SPLITS:
-            raise InputError(f"the embedded world has no split {split!r}: there are {', '.join(SPLITS)}")
         count = per_class or SPLITS[split]
-        sizes = ASPECTS if name == EMBEDDED_ASPECTS else [SQUARE]
         return ImageData(make_dataset(split, count, seed, sizes), [], f"{name}/{split}/{count}/{seed}/1")
     dataset = _open(name, split, streaming=per_class is not None)
     if isinstance(dataset, IterableDataset):
@@ -187,13 +184,9 @@ def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> D
     (``HF_DATASETS_CACHE``), with a ``.gone`` file for each URL without one, so that another run has the same documents
     whatever became of the links; delete these to ask again. Raises InputError where there are fewer than ``count``.
     """
-    if name in (EMBEDDED, EMBEDDED_ASPECTS):
-        from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE
+    if sizes := _embedded_sizes(name, split):
         from mmsae_helpers.tinyworld.dataset import interleaved as make
 
-        if split not in SPLITS:
-            raise InputError(f"the embedded world has no split {split!r}: there are {', '.join(SPLITS)}")
-        sizes = ASPECTS if name == EMBEDDED_ASPECTS else [SQUARE]
         return Documents(Interleaved(*document) for document in make(count, seed, split, sizes))
     rows = _open(name, split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
     if missing := {"texts", "images"} - set(rows.column_names or ["texts", "images"]):
@@ -352,6 +345,17 @@ def text_batches(adapter, texts: list[str], batch_size: int, *, start=0, stop=No
         rows = range(first, min(first + batch_size, stop))
         inputs = adapter.encode([adapter.raw(texts[i]) for i in rows])
         yield Inputs(torch.tensor(rows), {k: v[:, :limit] for k, v in inputs.items()})
+
+
+def _embedded_sizes(name: str, split: str) -> tuple | None:
+    """The picture sizes of an embedded data set, None for another name; raises InputError for a split it lacks."""
+    if name not in (EMBEDDED, EMBEDDED_ASPECTS):
+        return None
+    from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE
+
+    if split not in SPLITS:
+        raise InputError(f"the embedded world has no split {split!r}: there are {', '.join(SPLITS)}")
+    return ASPECTS if name == EMBEDDED_ASPECTS else (SQUARE,)
 
 
 def _open(name: str, split: str, streaming: bool = False):

@@ -13,7 +13,6 @@ import pandas as pd
 import scipy.sparse as sp
 
 from mmsae_helpers.features import OccurrenceCounter, clean, encode, max_per_sample, retrieve_top1, share_on_object
-from mmsae_helpers.saes import random_sae
 from mmsae_helpers.workers import crew
 
 KINDS = ("reads", "predicts")
@@ -126,22 +125,6 @@ def scan(scans: Mapping, tokens) -> None:
     with crew() as each:
         for batch in tokens:
             each(lambda one, batch=batch: one.add(batch), scans.values())
-
-
-def controls(saes: Mapping, acts: Mapping, scales: Mapping | None = None, first_seed: int = 1000) -> dict:
-    """A random SAE for each SAE by its key (layer, seed), feature by feature as frequent on ``acts`` {layer: [N, d]}.
-
-    ``scales`` by key multiply the activations first. The directions depend on the seed alone: controls of one SAE
-    matched on text and on image tokens differ in thresholds only.
-    """
-
-    def matched(key):
-        scale = (scales or {}).get(key, 1.0)
-        own = acts[key[0]] * scale if scale != 1.0 else acts[key[0]]
-        return random_sae(saes[key], own, first_seed + key[1], matched=True)
-
-    with crew(next(iter(saes.values())).device) as each:
-        return dict(zip(saes, each(matched, saes), strict=True))
 
 
 def top_features(counts, max_images: float) -> tuple[np.ndarray, np.ndarray]:

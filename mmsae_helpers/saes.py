@@ -135,7 +135,8 @@ def lent(device, *things):
             module.to("cpu")
 
 
-def _groups(saes: Mapping, together: int | None) -> list[dict]:
+def groups(saes: Mapping, together: int | None) -> list[dict]:
+    """The SAEs (or jobs) in order, `together` at a time; all at once where that is None."""
     keys, n = list(saes), together or len(saes) or 1
     return [{key: saes[key] for key in keys[i : i + n]} for i in range(0, len(keys), n)]
 
@@ -341,7 +342,7 @@ def trained(
             warnings.warn(f"{error}: trained again", stacklevel=3)
             shutil.rmtree(place)
     missing = {key: job for key, job in jobs.items() if key not in found}
-    for some in _groups(missing, together):
+    for some in groups(missing, together):
         stream = make(sorted({job.layer for job in some.values()}))
         for key, sae in fit(stream, some, d_in=d_in, device=device, progress=progress).items():
             places[key].parent.mkdir(parents=True, exist_ok=True)
@@ -404,6 +405,22 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
     return sae
 
 
+def random_saes(saes: Mapping, acts: Mapping, scales: Mapping | None = None, first_seed: int = 1000) -> dict:
+    """A matched `random_sae` for each SAE by its key (layer, seed), on `acts` {layer: [N, d_in]}.
+
+    `scales` by key multiply the activations first. The directions depend on the seed alone: controls of one SAE
+    matched on text and on image tokens differ in thresholds only.
+    """
+
+    def matched(key):
+        scale = (scales or {}).get(key, 1.0)
+        own = acts[key[0]] * scale if scale != 1.0 else acts[key[0]]
+        return random_sae(saes[key], own, first_seed + key[1], matched=True)
+
+    with crew(next(iter(saes.values())).device) as each:
+        return dict(zip(saes, each(matched, saes), strict=True))
+
+
 class Health(NamedTuple):
     """How well an SAE fits activations; sums go over tokens t and coordinates, x^ is the reconstruction.
 
@@ -444,7 +461,7 @@ def firing_rates(saes: Mapping[tuple, Any], token_batches, *, device=None, toget
 
 def _measured(saes, token_batches, scales, device, together):
     meters = {}
-    for some in _groups(saes, together):
+    for some in groups(saes, together):
         with lent(device, *some.values()) if device else nullcontext():
             own = {key: _HealthMeter(sae, scales.get(key, 1.0)) for key, sae in some.items()}
             with crew(next(iter(some.values())).device) as each:
@@ -511,7 +528,7 @@ def loss_recovered(
     """
     if together:
         held, found = list(batches), {}
-        for some in _groups(saes, together):
+        for some in groups(saes, together):
             with lent(adapter.device, *some.values()):
                 found |= loss_recovered(adapter, some, layer, held, keep)
         return found

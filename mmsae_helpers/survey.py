@@ -19,7 +19,7 @@ from mmsae_helpers.features import TopImages, encode, image_maxima
 from mmsae_helpers.labels import WordMeans, label, next_tokens
 from mmsae_helpers.monosemanticity import Purity, Similarity, beyond_chance
 from mmsae_helpers.results import Interval, mean_ci
-from mmsae_helpers.saes import lent
+from mmsae_helpers.saes import groups, lent
 from mmsae_helpers.workers import crew
 
 BIN_EDGES = np.geomspace(1e-2, 1e2, 25)  # of the histograms of activations; what lies outside counts in the end bins
@@ -108,11 +108,10 @@ def survey(
     Returns their tables in one, with columns layer, arm, seed, and {key: `Survey`} of those in ``keep``; the others'
     sums are freed. ``together``: so many in one pass over ``tokens`` (all), lent to ``device`` meanwhile.
     """
-    keys, tables, kept = sorted(saes), [], {}
-    for start in range(0, len(keys), together or len(keys)):
-        part = keys[start : start + (together or len(keys))]
-        surveys = {key: Survey(saes[key], key[0], embeddings, seed=key[-1], **options) for key in part}
-        with lent(device, *(saes[key] for key in part)), crew(device) as each:
+    tables, kept = [], {}
+    for part in groups({key: saes[key] for key in sorted(saes)}, together):
+        surveys = {key: Survey(sae, key[0], embeddings, seed=key[-1], **options) for key, sae in part.items()}
+        with lent(device, *part.values()), crew(device) as each:
             for batch in tokens:
                 each(lambda one, batch=batch: one.add(batch), surveys.values())
             found = each(Survey.table, surveys.values())

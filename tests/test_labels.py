@@ -177,21 +177,3 @@ def test_top_features_and_whether_their_labels_describe_the_classes():
     true, chance = labels.described(tops, {0: "red", 2: "circle", 1: "blue"}, names)
     assert true.tolist() == [1, 0, 0], "a wrong label and no label are misses"
     assert chance == pytest.approx([2 / 3, 1 / 3, 0])
-
-
-def test_controls_have_one_direction_a_feature_and_thresholds_of_their_tokens():
-    from sae_lens import StandardSAE, StandardSAEConfig
-
-    torch.manual_seed(0)
-    pair = {(3, seed): StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)).eval() for seed in (0, 1)}
-    for sae in pair.values():
-        sae.b_enc.data -= 0.5
-    kinds = {"text": torch.randn(400, 8), "image": 3 * torch.randn(300, 8) + 1}
-    found = {kind: labels.controls(pair, {3: acts}) for kind, acts in kinds.items()}
-    for kind, acts in kinds.items():
-        for key, sae in pair.items():
-            fired = [(s.encode(acts) > 0).sum(0) for s in (sae, found[kind][key])]
-            assert torch.equal(*fired), "each feature as often as the one it stands for"
-    text, image = found["text"][3, 0], found["image"][3, 0]
-    assert torch.equal(text.W_enc, image.W_enc) and not torch.equal(text.b_enc, image.b_enc)
-    assert not torch.equal(text.W_enc, found["text"][3, 1].W_enc)

@@ -313,3 +313,21 @@ def test_loss_recovered():
     image = saes.loss_recovered(adapter, {0: torch.zeros_like}, 1, [(torch.arange(4), inputs)], keep="image")
     assert image[0].zero_ablated != found["zero"].zero_ablated
     assert not model.model.layers[1]._forward_hooks
+
+
+def test_controls_have_one_direction_a_feature_and_thresholds_of_their_tokens():
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    torch.manual_seed(0)
+    pair = {(3, seed): StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)).eval() for seed in (0, 1)}
+    for sae in pair.values():
+        sae.b_enc.data -= 0.5
+    kinds = {"text": torch.randn(400, 8), "image": 3 * torch.randn(300, 8) + 1}
+    found = {kind: saes.random_saes(pair, {3: acts}) for kind, acts in kinds.items()}
+    for kind, acts in kinds.items():
+        for key, sae in pair.items():
+            fired = [(s.encode(acts) > 0).sum(0) for s in (sae, found[kind][key])]
+            assert torch.equal(*fired), "each feature as often as the one it stands for"
+    text, image = found["text"][3, 0], found["image"][3, 0]
+    assert torch.equal(text.W_enc, image.W_enc) and not torch.equal(text.b_enc, image.b_enc)
+    assert not torch.equal(text.W_enc, found["text"][3, 1].W_enc)
