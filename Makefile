@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: reports test lab hygiene env
 reports: $(STAMP)
-	$(BIN)/python -m mmsae_helpers.runner --profile "$(PROFILE)" --only "$(ONLY)" $(if $(SINGLE),--single)
+	$(BIN)/python -m mmsae_helpers.suite.runner --profile "$(PROFILE)" --only "$(ONLY)" $(if $(SINGLE),--single)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS)

@@ -7,8 +7,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmsae_helpers import anova
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters import anova
 
 SHAPE = (12, 5, 3)
 

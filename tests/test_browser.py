@@ -9,8 +9,8 @@ from PIL import Image
 from playwright.sync_api import expect
 from test_reports import visit
 
-from mmsae_helpers import browser
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.suite import browser
 
 expect.set_options(timeout=20_000)  # a loaded machine draws late
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=2'>"

@@ -123,7 +123,7 @@ def test_a_decoder_without_cross_attention_is_refused(folder, tmp_path):
 
 
 def test_where_it_looked_is_the_attention_of_the_token_that_fires_most(tiny, pictures):
-    from mmsae_helpers.survey import where_it_looked
+    from mmsae_helpers.meters.survey import where_it_looked
 
     sae = SimpleNamespace(encode=lambda x: x.relu())
     inputs = tiny.encode(WORDS, pictures)

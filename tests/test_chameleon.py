@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from mmsae_helpers import models as adapters
-from mmsae_helpers import patches
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters import patches
 from mmsae_helpers.tinyworld import chameleon, dataset, evaluation, language
 
 BOI, EOI, SEPARATOR = "<racm3:break>", "<eoss>", "<reserved08706>"

@@ -6,9 +6,9 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmsae_helpers.crossmodal import CrossModal, sample_scores
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.features import to_csr
+from mmsae_helpers.meters.crossmodal import CrossModal, sample_scores
+from mmsae_helpers.meters.features import to_csr
 
 DELTA = 1.0
 

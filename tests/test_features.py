@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmsae_helpers import features
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters import features
 
 NS = (None, 1, 2, 3, 7)
 # few distinct values, so that ties are everywhere; zeros, so that tokens have fewer active features than N

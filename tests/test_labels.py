@@ -8,8 +8,8 @@ import scipy.sparse as sp
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mmsae_helpers import labels
 from mmsae_helpers.activations import TokenBatch
+from mmsae_helpers.meters import words as labels
 
 WORDS = {2: "red", 3: "blue", 4: "crimson", 5: "circle", 6: "the"}
 

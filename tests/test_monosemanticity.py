@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmsae_helpers import monosemanticity
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.features import to_csr
+from mmsae_helpers.meters import purity as monosemanticity
+from mmsae_helpers.meters.features import to_csr
 
 VALUES = st.sampled_from([0.0, 0.0, 0.1, 0.25, 1.0, 3.0, 70.0]).map(np.float32)
 

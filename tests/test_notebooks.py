@@ -8,7 +8,7 @@ import papermill
 import pytest
 from test_reports import visit
 
-from mmsae_helpers import parameters, results, runner
+from mmsae_helpers.suite import parameters, results, runner
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

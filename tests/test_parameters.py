@@ -2,8 +2,8 @@ import papermill
 import pytest
 import throwaway
 
-from mmsae_helpers import parameters
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.suite import parameters
 
 CELL = """
 # comments and several lines are fine

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmsae_helpers import patches
 from mmsae_helpers.activations import stream
-from mmsae_helpers.crossmodal import CrossModal, sample_scores
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.features import encode, to_csr
+from mmsae_helpers.meters import patches
+from mmsae_helpers.meters.crossmodal import CrossModal, sample_scores
+from mmsae_helpers.meters.features import encode, to_csr
 
 P = 4
 

@@ -10,8 +10,8 @@ from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mmsae_helpers import probes
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters import probes
 
 
 def world(n=600, d=40, k=6, seed=0):

@@ -6,7 +6,7 @@ import throwaway
 from bs4 import BeautifulSoup
 from playwright.sync_api import expect
 
-from mmsae_helpers import reports, runner
+from mmsae_helpers.suite import reports, runner
 
 CELLS = [
     "# Is there *any* <script>window.hacked = 1</script> signal?\n\nInline $\\omega_k = \\frac{1}{K}$ and\n\n"

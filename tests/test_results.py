@@ -5,9 +5,9 @@ import pytest
 import throwaway
 from scipy import stats
 
-from mmsae_helpers import results
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.results import Interval, Run, mean_ci, verdict
+from mmsae_helpers.suite import results
+from mmsae_helpers.suite.results import Interval, Run, mean_ci, verdict
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import nbformat
 import pytest
 import throwaway
 
-from mmsae_helpers import runner
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.suite import runner
 
 
 def go(root, **kw):

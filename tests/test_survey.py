@@ -10,7 +10,17 @@ import torch
 from mmsae_helpers import saes
 from mmsae_helpers.activations import TokenBatch
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.survey import BIN_EDGES, Survey, for_browser, intervals, judged, known, over_seeds, per_seed, survey
+from mmsae_helpers.meters.survey import (
+    BIN_EDGES,
+    Survey,
+    for_browser,
+    intervals,
+    judged,
+    known,
+    over_seeds,
+    per_seed,
+    survey,
+)
 
 F, D, S = 6, 6, 9
 

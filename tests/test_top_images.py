@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmsae_helpers import features
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters import features
 
 # few distinct values, so that ties are everywhere; zeros, which never count; the smallest number above 0
 VALUES = st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.25, 0.3, 1.0, 1e-45, 7e5]).map(np.float32)

@@ -3,7 +3,7 @@
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-SAVE = 'from mmsae_helpers.results import Run\n\nrun = Run("{name}", globals())'
+SAVE = 'from mmsae_helpers.suite.results import Run\n\nrun = Run("{name}", globals())'
 
 
 def write(root, name, cells=(), parameters='profile = "tiny"', after=(), yaml="profile: {profile}\n"):

@@ -25,7 +25,7 @@ import pandas as pd
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from mmsae_helpers import browser
+from mmsae_helpers.suite import browser
 
 K, BINS, SIZE = 9, 24, 64
 MARK = "performance.getEntriesByName('mmsae-first-view')[0]"

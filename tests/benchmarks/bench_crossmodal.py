@@ -24,7 +24,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import scipy.sparse as sp
 
-from mmsae_helpers.crossmodal import CrossModal, sample_scores
+from mmsae_helpers.meters.crossmodal import CrossModal, sample_scores
 
 SAMPLES, TOKENS, IMAGE_TOKENS, D_MODEL, D_SAE, ACTIVE, BATCH = 64, 640, 576, 256, 4_096, 55, 16
 

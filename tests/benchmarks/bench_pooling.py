@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
-from mmsae_helpers import features
+from mmsae_helpers.meters import features
 
 TOKENS, D_SAE, ACTIVE = 576, 16_384, 55
 

@@ -24,9 +24,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mmsae_helpers import features
 from mmsae_helpers.activations import TokenBatch
-from mmsae_helpers.survey import Survey
+from mmsae_helpers.meters import features
+from mmsae_helpers.meters.survey import Survey
 
 IMAGES, D_SAE, K, BATCH = 2_000, 4_096, 9, 100
 

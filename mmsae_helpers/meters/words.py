@@ -12,7 +12,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from mmsae_helpers.features import OccurrenceCounter, clean, encode, max_per_sample, retrieve_top1, share_on_object
+from mmsae_helpers.meters.features import (
+    OccurrenceCounter,
+    clean,
+    encode,
+    max_per_sample,
+    retrieve_top1,
+    share_on_object,
+)
 from mmsae_helpers.workers import crew
 
 KINDS = ("reads", "predicts")

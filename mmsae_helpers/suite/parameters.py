@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from .errors import InputError
+from mmsae_helpers.errors import InputError
 
 PROFILES = ("smoke", "tiny", "paper")
 
@@ -19,7 +19,7 @@ def repo_root():
     """``MMSAE_ROOT``, or the first folder with ``notebooks/`` and ``params/`` up from here, else the package's own."""
     if os.environ.get("MMSAE_ROOT"):
         return Path(os.environ["MMSAE_ROOT"]).resolve()
-    for folder in [*(here := Path.cwd().resolve(), *here.parents), Path(__file__).resolve().parents[1]]:
+    for folder in [*(here := Path.cwd().resolve(), *here.parents), Path(__file__).resolve().parents[2]]:
         if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
             return folder
     raise InputError(f"no notebooks/ and params/ above {Path.cwd()}; run from the repository or set MMSAE_ROOT")

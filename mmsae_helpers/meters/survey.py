@@ -15,11 +15,11 @@ import torch
 
 from mmsae_helpers import activations
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.features import TopImages, encode, image_maxima
-from mmsae_helpers.labels import WordMeans, label, next_tokens
-from mmsae_helpers.monosemanticity import Purity, Similarity, beyond_chance
-from mmsae_helpers.results import Interval, mean_ci
+from mmsae_helpers.meters.features import TopImages, encode, image_maxima
+from mmsae_helpers.meters.purity import Purity, Similarity, beyond_chance
+from mmsae_helpers.meters.words import WordMeans, label, next_tokens
 from mmsae_helpers.saes import groups, lent
+from mmsae_helpers.suite.results import Interval, mean_ci
 from mmsae_helpers.workers import crew
 
 BIN_EDGES = np.geomspace(1e-2, 1e2, 25)  # of the histograms of activations; what lies outside counts in the end bins

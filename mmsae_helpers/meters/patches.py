@@ -12,8 +12,8 @@ import scipy.sparse as sp
 import torch
 from PIL import Image
 
-from mmsae_helpers.crossmodal import active_features
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters.crossmodal import active_features
 from mmsae_helpers.models import attention_weights
 
 

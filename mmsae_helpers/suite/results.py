@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import __version__
-from .errors import InputError
+from mmsae_helpers import __version__
+from mmsae_helpers.errors import InputError
+
 from .parameters import check, defaults, repo_root
 
 VERDICTS = ("replicated", "contradicted", "inconclusive", "not run")

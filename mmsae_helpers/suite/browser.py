@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .errors import InputError
+from mmsae_helpers.errors import InputError
 
 TEMPLATE = Path(__file__).resolve().parent / "browser_template"
 COLUMNS = ("layer", "feature", "label", "frequency", "n_images", "similarity", "purity", "about", "max")

@@ -1,4 +1,4 @@
-"""Runs the notebooks that are out of date and renders their reports: ``python -m mmsae_helpers.runner``.
+"""Runs the notebooks that are out of date and renders their reports: ``python -m mmsae_helpers.suite.runner``.
 
 Heavy imports stay inside functions: a run with nothing to do takes well under a second of Python.
 """
@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from . import parameters
-from .errors import InputError
+from mmsae_helpers.errors import InputError
 
-PACKAGE = Path(__file__).resolve().parent
+from . import parameters
+
+PACKAGE = Path(__file__).resolve().parents[1]
 PRESENTATION = {"runner.py", "reports.py", "report_template", "__pycache__"}  # how a result is shown, not what it is
 
 
@@ -275,14 +276,16 @@ def _render_index(plan, names, page):
 
 def _older(page, inputs):
     """Whether ``page`` is missing or older than one of ``inputs`` or the code that renders it."""
-    inputs = [*inputs, PACKAGE / "reports.py", *(PACKAGE / "report_template").iterdir()]
+    inputs = [*inputs, PACKAGE / "suite" / "reports.py", *(PACKAGE / "suite" / "report_template").iterdir()]
     newest = max(path.stat().st_mtime_ns for path in inputs if path.exists())
     return not page.is_file() or page.stat().st_mtime_ns < newest
 
 
 def main(argv=None):
     """Command line; returns the exit status: 0, 1 when a notebook failed, 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="python -m mmsae_helpers.runner", description=run.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mmsae_helpers.suite.runner", description=run.__doc__.splitlines()[0]
+    )
     parser.add_argument("--root", help="folder with notebooks/ and params/ (default: this repository)")
     parser.add_argument("--profile", default="tiny", help="folder of params/ (default: tiny)")
     parser.add_argument("--only", default="", help="first letters of notebook names, as in 03 or 01,02")

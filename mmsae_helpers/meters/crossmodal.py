@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.features import top_n
+from mmsae_helpers.meters.features import top_n
 
 Reading = Literal["paper", "as_published"]
 PUBLISHED_FEATURES, PUBLISHED_TOKENS = 50, 30  # as published: features kept a token, tokens kept a feature
