@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, tee
 from pathlib import Path
@@ -419,83 +419,6 @@ def random_saes(saes: Mapping, acts: Mapping, scales: Mapping | None = None, fir
 
     with crew(next(iter(saes.values())).device) as each:
         return dict(zip(saes, each(matched, saes), strict=True))
-
-
-class Health(NamedTuple):
-    """How well an SAE fits activations; sums go over tokens t and coordinates, x^ is the reconstruction.
-
-    explained_variance = 1 - sum ||x_t - x^_t||^2 / sum ||x_t - mean_t x||^2
-    normalised_mse = sum ||x_t - x^_t||^2 / sum ||x_t||^2
-    l0: mean number of active features per token; alive: features that are ever active; mean_norm: of x_t, unscaled.
-    """
-
-    l0: float
-    explained_variance: float
-    normalised_mse: float
-    alive: int
-    n_tokens: int
-    mean_norm: float
-
-
-def evaluate(sae, token_batches, layer: int, scale: float = 1.0) -> Health:
-    """Health of one SAE on a stream of TokenBatch of one modality; the input is multiplied by `scale`."""
-    return evaluate_all({(layer, 0): sae}, token_batches, {(layer, 0): scale})[layer, 0]
-
-
-def evaluate_all(
-    saes: Mapping[tuple, Any], token_batches, scales: Mapping | None = None, *, device=None, together=None
-) -> dict:
-    """Health of every SAE by its key (layer, ...), in one pass; `scales`: factor on the input by key.
-
-    device: lend it to the SAEs, to `together` of them in a pass (then `token_batches` must be fit for several).
-    """
-    meters = _measured(saes, token_batches, scales or {}, device, together)
-    return {key: meter.health(f"the SAE of layer {key[0]}") for key, meter in meters.items()}
-
-
-def firing_rates(saes: Mapping[tuple, Any], token_batches, *, device=None, together=None) -> dict:
-    """Share of the tokens on which each feature is active, float64 [d_sae], by the SAE's key; as `evaluate_all`."""
-    meters = _measured(saes, token_batches, {}, device, together)
-    return {key: meter.fired.double().cpu().numpy() / meter.n for key, meter in meters.items()}
-
-
-def _measured(saes, token_batches, scales, device, together):
-    meters = {}
-    for some in groups(saes, together):
-        with lent(device, *some.values()) if device else nullcontext():
-            own = {key: _HealthMeter(sae, scales.get(key, 1.0)) for key, sae in some.items()}
-            with crew(next(iter(some.values())).device) as each:
-                for batch in token_batches:
-                    each(lambda key, acts=batch.acts, own=own: own[key].add(acts[key[0]]), own)
-        meters |= own
-    return meters
-
-
-class _HealthMeter:
-    def __init__(self, sae, scale: float):
-        self.sae, self.scale = sae, scale
-        self.n = self.active = self.error = self.energy = self.norm = self.sum = 0
-        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
-
-    @torch.no_grad()
-    def add(self, acts: torch.Tensor, chunk: int = 1024) -> None:
-        for raw in acts.split(chunk):
-            x = raw.to(self.sae.device) * self.scale
-            f = self.sae.encode(x)
-            self.fired += (f > 0).sum(0)
-            self.n += len(x)
-            self.active += (f > 0).sum()
-            self.error += (x - self.sae.decode(f)).square().sum(dtype=torch.float64)
-            self.energy += x.square().sum(dtype=torch.float64)
-            self.sum += x.sum(0, dtype=torch.float64)
-            self.norm += raw.norm(dim=1).sum(dtype=torch.float64)
-
-    def health(self, name: str) -> Health:
-        if not self.n:
-            raise InputError(f"no tokens to evaluate {name} on")
-        variance = self.energy - self.sum.square().sum() / self.n
-        ratios = (self.active / self.n, 1 - self.error / variance, self.error / self.energy)
-        return Health(*map(float, ratios), int((self.fired > 0).sum()), self.n, float(self.norm / self.n))
 
 
 def rescale_factor(acts: torch.Tensor, target_norm: float) -> float:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.meters import features
+from mmsae_helpers.meters import features, occurrences, patches, pooling, top_images
+from mmsae_helpers.meters.feed import feed
 
 NS = (None, 1, 2, 3, 7)
 # few distinct values, so that ties are everywhere; zeros, so that tokens have fewer active features than N
@@ -69,19 +70,19 @@ def test_retrieval_is_the_definition(data):
 @settings(max_examples=200)
 def test_pooling_is_the_definition(data):
     z, rows = data
-    out = features.pool_all(features.to_csr(z), rows, 6, NS)
+    out = pooling.pool_all(features.to_csr(z), rows, 6, NS)
     for n in NS:
         values, counts = pooled_by_definition(z, rows, 6, n)
         assert np.array_equal(out[n].values.toarray(), values)
         assert np.array_equal(out[n].counts.toarray(), counts)
-        assert same(features.pool(features.to_csr(z), rows, 6, n), out[n])
+        assert same(pooling.pool(features.to_csr(z), rows, 6, n), out[n])
 
 
 @given(token_features(), st.data())
 def test_pooling_in_chunks_is_pooling_at_once(data, draw):
     z, rows = data
     csr = features.to_csr(z)
-    whole, stream = features.PoolStream(NS), features.PoolStream(NS)
+    whole, stream = pooling.PoolStream(NS), pooling.PoolStream(NS)
     whole.add(csr, rows)
     edges = sorted(draw.draw(st.sets(st.integers(0, 6))) | {0, 6})
     for lo, hi in zip(np.searchsorted(rows, edges[:-1]), np.searchsorted(rows, edges[1:]), strict=True):
@@ -97,8 +98,8 @@ def test_token_order_of_samples_does_not_matter(data, random):
     by_sample = list(range(6))
     random.shuffle(by_sample)
     order = np.concatenate([np.flatnonzero(rows == s) for s in by_sample])
-    a = features.pool_all(features.to_csr(z), rows, 6, NS)
-    b = features.pool_all(features.to_csr(z[order]), rows[order], 6, NS)
+    a = pooling.pool_all(features.to_csr(z), rows, 6, NS)
+    b = pooling.pool_all(features.to_csr(z[order]), rows[order], 6, NS)
     assert all(same(a[n], b[n]) for n in NS)
 
 
@@ -108,8 +109,8 @@ def test_pooling_at_size_with_many_blocks_and_ties():
     z[rng.random(z.shape) > 0.02] = 0
     z[::3] = np.round(z[::3], 1)
     rows = np.repeat(np.arange(60), 20)
-    out = features.pool_all(features.to_csr(z), rows, 60)
-    for n in features.POOLINGS:
+    out = pooling.pool_all(features.to_csr(z), rows, 60)
+    for n in pooling.POOLINGS:
         values, counts = pooled_by_definition(z, rows, 60, n)
         assert np.array_equal(out[n].values.toarray(), values)
         assert np.array_equal(out[n].counts.toarray(), counts)
@@ -120,12 +121,12 @@ def test_argpartition_gives_the_same_counts_where_nothing_ties():
     z = np.random.default_rng(1).random((50, 200), dtype=np.float32)
     one_hot = np.zeros_like(z)
     np.put_along_axis(one_hot, np.argpartition(z, -10, axis=1)[:, -10:], 1, axis=1)
-    counts = features.pool(features.to_csr(z), np.zeros(50, int), 1, 10).counts
+    counts = pooling.pool(features.to_csr(z), np.zeros(50, int), 1, 10).counts
     assert np.array_equal(counts.toarray()[0], one_hot.sum(axis=0))
 
 
 def test_a_sample_split_between_chunks_is_refused():
-    stream = features.PoolStream((1,))
+    stream = pooling.PoolStream((1,))
     stream.add(features.to_csr(np.ones((2, 3))), [4, 5])
     with pytest.raises(ValueError, match="sample 5 came twice"):
         stream.add(features.to_csr(np.ones((1, 3))), [5])
@@ -133,9 +134,9 @@ def test_a_sample_split_between_chunks_is_refused():
     with pytest.raises(ValueError, match="nothing was pooled"):
         stream.result()
     with pytest.raises(ValueError, match="outside 0 to 1"):
-        features.pool(features.to_csr(np.ones((2, 3))), [0, 2], 2)
+        pooling.pool(features.to_csr(np.ones((2, 3))), [0, 2], 2)
     with pytest.raises(ValueError, match="2 tokens but 1"):
-        features.pool(features.to_csr(np.ones((2, 3))), [0], 2)
+        pooling.pool(features.to_csr(np.ones((2, 3))), [0], 2)
 
 
 def test_encode_is_dense_encode_in_chunks():
@@ -162,14 +163,14 @@ def test_occurrences_count_images_not_tokens(data):
     for sample in range(6):
         for feature in set(top1[rows == sample].tolist()) - {-1}:
             expected[labels[sample], feature] += 1
-    counter = features.OccurrenceCounter(labels, 3, z.shape[1])
+    counter = occurrences.OccurrenceCounter(labels, 3, z.shape[1])
     for sample in range(6):
         counter.add(top1[rows == sample], rows[rows == sample])
     assert np.array_equal(counter.counts, expected)
     assert np.array_equal(counter.images_per_feature, expected.sum(axis=0))
-    kept = features.clean(counter.counts, 2)
+    kept = occurrences.clean(counter.counts, 2)
     assert np.array_equal(kept, expected.sum(axis=0) <= 2)
-    assert np.array_equal(features.clean(counter.images_per_feature, 2), kept)
+    assert np.array_equal(occurrences.clean(counter.images_per_feature, 2), kept)
 
 
 @given(token_features(), st.lists(st.integers(0, 11), max_size=8))
@@ -177,14 +178,14 @@ def test_maximum_and_share_on_object_are_the_definition(data, wanted):
     z, rows = data
     wanted = [w for w in wanted if w < z.shape[1]]  # repeated and unordered too
     csr = features.to_csr(z)
-    largest = features.max_per_sample(csr, rows, wanted)
+    largest = top_images.max_per_sample(csr, rows, wanted)
     assert largest.shape == (len(np.unique(rows)), len(wanted)) and largest.dtype == np.float32
     for row, sample in zip(largest, np.unique(rows), strict=True):
         assert np.array_equal(row, z[rows == sample][:, wanted].max(axis=0))
     rng = np.random.default_rng(len(z))
     patch, cover = rng.integers(-1, 4, len(z)), rng.random((6, 4))
     for mask in (cover, cover > 0.5):
-        share = features.share_on_object(csr, rows, patch, mask, wanted)
+        share = patches.share_on_object(csr, rows, patch, mask, wanted)
         weight = np.where(patch >= 0, mask[rows, patch], 0)
         on_object = (z[:, wanted].astype(float) * weight[:, None]).sum(axis=0)
         assert np.allclose(share.on_object, on_object)
@@ -192,7 +193,7 @@ def test_maximum_and_share_on_object_are_the_definition(data, wanted):
 
 
 def test_one_kept_feature_is_one_entry_of_both_matrices():
-    pooled = features.pool(features.to_csr(np.eye(3)), [0, 0, 1], 2, 1)
+    pooled = pooling.pool(features.to_csr(np.eye(3)), [0, 0, 1], 2, 1)
     assert isinstance(pooled.values, sp.csr_matrix)
     assert np.shares_memory(pooled.values.indices, pooled.counts.indices)
     assert pooled.values.dtype == np.float32 and pooled.counts.dtype == np.int32
@@ -207,7 +208,9 @@ def test_a_pass_is_pooled_under_every_sae_at_its_scale(llava, image_batches):
     def tokens(size):
         return stream(llava, image_batches(0, 7, size), [1, 3])
 
-    out = features.pool_pass(tokens(3), saes, (None, 2), {(3, 5): 0.5})
+    scales = {(3, 5): 0.5}
+    meters = {k: pooling.Pooling(sae, k[0], (None, 2), scales.get(k, 1.0)) for k, sae in saes.items()}
+    out = feed(meters, tokens(3))
     batch = next(tokens(7))
     for key, scale in (((1, 0), 1.0), ((3, 5), 0.5)):
         z = torch.relu(batch.acts[key[0]] * scale @ weights[key]).numpy()
@@ -219,8 +222,8 @@ def test_a_pass_is_pooled_under_every_sae_at_its_scale(llava, image_batches):
 
 def test_matrices_in_both_readings():
     z = np.array([[3, 2, 1], [0, 5, 0], [1, 0, 0]], np.float32)
-    pooled = features.pool_all(features.to_csr(z), [0, 0, 1], 2, (None, 1))
-    own, published = features.matrices(pooled), features.matrices(pooled, "as_published")
+    pooled = pooling.pool_all(features.to_csr(z), [0, 0, 1], 2, (None, 1))
+    own, published = pooling.matrices(pooled), pooling.matrices(pooled, "as_published")
     assert set(own) == {(p, f) for p in ("sum", "top-1") for f in ("raw", "binarised")}
     assert own["sum", "raw"].toarray().tolist() == [[3, 7, 1], [1, 0, 0]]
     assert own["top-1", "raw"].toarray().tolist() == [[3, 5, 0], [1, 0, 0]]

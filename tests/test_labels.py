@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mmsae_helpers.activations import TokenBatch
 from mmsae_helpers.meters import words as labels
+from mmsae_helpers.meters.feed import feed
 
 WORDS = {2: "red", 3: "blue", 4: "crimson", 5: "circle", 6: "the"}
 
@@ -141,7 +142,8 @@ def test_labels_from_text_are_the_words_features_read_or_predict():
     acts[token == 2, 1] = 1.0  # feature 1 reads "ring", and so predicts "on"
     acts[:, 2] = 1.0  # feature 2 means nothing
     batch = token_batch(acts, np.repeat(range(40), 3), np.tile([0, 1, 2], 40), token)
-    found = labels.from_text({(3, 0): IdentitySAE()}, [batch], Words(), min_purity=0.6)[3, 0].set_index("feature")
+    means = feed({(3, 0): labels.Words(IdentitySAE(), 3, len(Words()))}, [batch])
+    found = labels.named(means, Words(), min_purity=0.6)[3, 0].set_index("feature")
     assert found.loc[0, "label"] == "red" and found.loc[0, "kind"] in ("reads", "predicts")
     assert found.loc[1, "label"] in ("ring", "on") and 2 not in found.index and 3 not in found.index
 
@@ -156,7 +158,7 @@ def test_a_scan_in_parts_equals_the_definition():
         token_batch(acts[i : i + 8], sample[i : i + 8], patch[i : i + 8], patch=patch[i : i + 8])
         for i in range(0, 32, 8)
     ]
-    labels.scan({"a": one}, parts)
+    feed({"a": one}, parts)
     dense = 2 * acts.reshape(8, 4, 6)
     assert np.allclose(one.maxima, dense.max(1)[:, [4, 1]])
     on_object = (dense * cover[..., None]).sum((0, 1)) / dense.sum((0, 1))

@@ -9,6 +9,8 @@ import torch
 from mmsae_helpers import saes
 from mmsae_helpers.activations import TokenBatch
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters.feed import feed
+from mmsae_helpers.meters.health import HealthMeter
 
 D_IN, D_SAE, BATCH = 32, 96, 128
 CONFIG = saes.TrainingConfig(
@@ -98,7 +100,8 @@ def test_learns_sparse_code_and_random_control_does_not():
     stream = saes.shuffled(lambda: iter(tokens), BATCH, buffer=8192)
     sae = saes.train(stream, d_in=D_IN, layers=[2], seeds=[0], config=config, progress=False)[2, 0]
     held_out = sparse_acts(4096, seed=777)
-    health = saes.evaluate(sae, [token_batch({2: held_out[:3000]}), token_batch({2: held_out[3000:]})], 2)
+    parts = [token_batch({2: held_out[:3000]}), token_batch({2: held_out[3000:]})]
+    health = feed({0: HealthMeter(sae, 2)}, parts)[0]
     assert health.explained_variance > 0.9 and health.l0 < 20 and health.n_tokens == 4096
 
     x_hat = sae(held_out)
@@ -113,7 +116,7 @@ def test_learns_sparse_code_and_random_control_does_not():
 
     control = saes.random_sae(sae, held_out, seed=1)
     assert type(control) is type(sae) and control.cfg.d_sae == D_SAE
-    blind = saes.evaluate(control, [token_batch({2: held_out})], 2)
+    blind = feed({0: HealthMeter(control, 2)}, [token_batch({2: held_out})])[0]
     assert blind.l0 == pytest.approx(health.l0, rel=0.02)
     assert blind.explained_variance < health.explained_variance - 0.3
     x_hat = control(held_out) - control.b_dec
@@ -144,8 +147,12 @@ def test_few_at_a_time_is_the_same_as_all_at_once(tmp_path):
     for key, sae in found.items():
         assert all(torch.equal(value, expected[key].state_dict()[name]) for name, value in sae.state_dict().items())
     tokens = [token_batch({0: sparse_acts(300, seed=i)}) for i in range(3)]
-    assert saes.evaluate_all(found, tokens, device="cpu", together=2) == saes.evaluate_all(found, tokens)
-    rate, x = saes.firing_rates(found, tokens)[0, 1], torch.cat([batch.acts[0] for batch in tokens])
+    few, whole = (
+        feed({key: HealthMeter(sae, key[0]) for key, sae in found.items()}, tokens, **how)
+        for how in ({"device": "cpu", "together": 2}, {})
+    )
+    assert all(few[key].numbers() == whole[key].numbers() for key in found)
+    rate, x = whole[0, 1].firing_rate, torch.cat([batch.acts[0] for batch in tokens])
     assert rate == pytest.approx((found[0, 1].encode(x) > 0).double().mean(0).numpy())
 
 

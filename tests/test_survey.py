@@ -10,6 +10,7 @@ import torch
 from mmsae_helpers import saes
 from mmsae_helpers.activations import TokenBatch
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters.feed import feed
 from mmsae_helpers.meters.survey import (
     BIN_EDGES,
     Survey,
@@ -142,8 +143,7 @@ def test_matched_random_directions_fire_as_often_feature_by_feature():
 
 def test_what_the_browser_gets():
     one = Survey(_sae(), 0, EMBEDDINGS, ATTRIBUTES, NAMES, min_images=4)
-    for batch in _batches():
-        one.add(batch)
+    feed({0: one}, _batches())
     found = for_browser({0: one, 3: one}, min_purity=0.3)
     table, known = found["table"][:F], one.table()
     before = (known["kind"] == "predicts") & (known["word_purity"] >= 0.3)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.meters import features
+from mmsae_helpers.meters import features, top_images
 
 # few distinct values, so that ties are everywhere; zeros, which never count; the smallest number above 0
 VALUES = st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.25, 0.3, 1.0, 1e-45, 7e5]).map(np.float32)
@@ -35,7 +35,7 @@ def images(draw):
 
 
 def stream(maxima, ids, edges, k, make=features.to_csr):
-    top = features.TopImages(maxima.shape[1], k)
+    top = top_images.TopImages(maxima.shape[1], k)
     for lo, hi in zip(edges[:-1], edges[1:], strict=True):
         top.add(make(maxima[lo:hi]), ids[lo:hi])
     return top
@@ -74,7 +74,7 @@ def test_at_size_with_many_batches():
 
 
 def test_what_does_not_fit_is_one_line():
-    top = features.TopImages(3, 2)
+    top = top_images.TopImages(3, 2)
     for ids, message in (([4, 4], "id comes twice"), ([1, 2, 3], "3 ids, 3 features"), ([-1, 2], "outside 0")):
         with pytest.raises(InputError, match=message) as caught:
             top.add(features.to_csr(np.ones((2, 3))), ids)
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_one_line():
 def test_image_maxima_is_the_definition(data, draw):
     tokens = data[0]
     sample = np.array(draw.draw(st.lists(st.integers(3, 7), min_size=len(tokens), max_size=len(tokens))), np.int64)
-    ids, maxima = features.image_maxima(features.to_csr(tokens), sample)
+    ids, maxima = top_images.image_maxima(features.to_csr(tokens), sample)
     assert np.array_equal(ids, np.unique(sample)) and maxima.dtype == np.float32
     assert maxima.shape == (len(ids), tokens.shape[1]) and (maxima.data > 0).all() and maxima.has_sorted_indices
     for i, row in zip(ids, maxima.toarray(), strict=True):
@@ -96,5 +96,5 @@ def test_image_maxima_is_the_definition(data, draw):
 def test_image_maxima_of_many_images():
     rng = np.random.default_rng(1)
     tokens = rng.random((600, 2_000), dtype=np.float32) * (rng.random((600, 2_000)) < 0.05)  # several dense blocks
-    maxima = features.image_maxima(features.to_csr(tokens), np.repeat(np.arange(300), 2))[1]
+    maxima = top_images.image_maxima(features.to_csr(tokens), np.repeat(np.arange(300), 2))[1]
     assert np.array_equal(maxima.toarray(), tokens.reshape(300, 2, -1).max(axis=1))

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters.features import top_n
+from mmsae_helpers.meters.feed import Meter
 
 Reading = Literal["paper", "as_published"]
 PUBLISHED_FEATURES, PUBLISHED_TOKENS = 50, 30  # as published: features kept a token, tokens kept a feature
@@ -131,6 +132,20 @@ class CrossModal:
             else:  # the mean of all k x k cosines is one product of two mean unit vectors
                 out[block] = np.einsum("fd,fd->f", t.mean(axis=1), i.mean(axis=1))
         return out
+
+
+class Weights(Meter):
+    """`CrossModal` of one SAE, with its options; the result is its weights [d_sae]."""
+
+    def __init__(self, sae, layer: int, scale: float = 1.0, **options):
+        super().__init__(sae, layer, scale)
+        self.of = CrossModal(sae.cfg.d_sae, sae.cfg.d_in, **options)
+
+    def add(self, batch, features: sp.csr_matrix) -> None:
+        self.of.add(features, batch.is_image, batch.acts[self.layer])
+
+    def result(self) -> np.ndarray:
+        return self.of.weights()
 
 
 def _unit(x):

@@ -11,21 +11,23 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 
 from mmsae_helpers import activations
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.meters.features import TopImages, encode, image_maxima
+from mmsae_helpers.meters.feed import Meter, feed
 from mmsae_helpers.meters.purity import Purity, Similarity, beyond_chance
+from mmsae_helpers.meters.top_images import TopImages, image_maxima
 from mmsae_helpers.meters.words import WordMeans, label, next_tokens
-from mmsae_helpers.saes import groups, lent
+from mmsae_helpers.saes import groups
 from mmsae_helpers.suite.results import Interval, mean_ci
 from mmsae_helpers.workers import crew
 
 BIN_EDGES = np.geomspace(1e-2, 1e2, 25)  # of the histograms of activations; what lies outside counts in the end bins
 
 
-class Survey:
+class Survey(Meter):
     """Of one SAE: ``tops`` (`features.TopImages`), ``words`` (`labels.WordMeans`), ``purity`` (`Purity`), ``histogram``
     [F, bins] of positive activations over tokens, ``n_tokens``, and `table`. ``embeddings`` [S, d] and ``attributes``
     (DataFrame [S, A] of strings) are of all images; ``names``: the word of every token id. An image without a token (an
@@ -41,8 +43,9 @@ class Survey:
             raise InputError(
                 f"{len(embeddings)} embeddings but {len(attributes)} rows of attributes: give one an image"
             )
+        super().__init__(sae, layer)
         d_sae, self.embeddings = sae.cfg.d_sae, np.asarray(embeddings)
-        self.sae, self.layer, self.names, self.min_images = sae, layer, names, min_images
+        self.names, self.min_images = names, min_images
         self.n_tokens, self.n = 0, len(attributes)
         self._chance = np.random.default_rng(seed)
         self.dealt = self._chance.permutation(self.n)
@@ -53,11 +56,10 @@ class Survey:
         self.histogram = np.zeros((d_sae, len(BIN_EDGES) - 1), np.int64)
         self.sum = np.zeros(d_sae)
 
-    def add(self, batch: activations.TokenBatch) -> None:
+    def add(self, batch: activations.TokenBatch, found: sp.csr_matrix) -> None:
         """Take in a TokenBatch of whole images."""
         if not len(batch.sample):
             return
-        found = encode(self.sae, batch.acts[self.layer])
         self.n_tokens += found.shape[0]
         words = np.stack([batch.token, next_tokens(batch.token, batch.sample, batch.position)])
         self.words.add(found, *words)
@@ -111,9 +113,8 @@ def survey(
     tables, kept = [], {}
     for part in groups({key: saes[key] for key in sorted(saes)}, together):
         surveys = {key: Survey(sae, key[0], embeddings, seed=key[-1], **options) for key, sae in part.items()}
-        with lent(device, *part.values()), crew(device) as each:
-            for batch in tokens:
-                each(lambda one, batch=batch: one.add(batch), surveys.values())
+        feed(surveys, tokens, device=device)
+        with crew() as each:
             found = each(Survey.table, surveys.values())
         tables += [of.assign(layer=key[0], arm=key[1], seed=key[2]) for key, of in zip(part, found, strict=True)]
         kept |= {key: one for key, one in surveys.items() if key in keep}

@@ -12,15 +12,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from mmsae_helpers.meters.features import (
-    OccurrenceCounter,
-    clean,
-    encode,
-    max_per_sample,
-    retrieve_top1,
-    share_on_object,
-)
-from mmsae_helpers.workers import crew
+from mmsae_helpers.meters.features import retrieve_top1
+from mmsae_helpers.meters.feed import Meter
+from mmsae_helpers.meters.occurrences import OccurrenceCounter, clean
+from mmsae_helpers.meters.patches import share_on_object
+from mmsae_helpers.meters.top_images import max_per_sample
 
 KINDS = ("reads", "predicts")
 LABEL_COLUMNS = ["feature", "label", "purity", "kind", "count"]
@@ -81,57 +77,55 @@ def label(means: WordMeans, words: Mapping[int, str], min_purity: float = 0.5, m
     return found.astype({"count": int}).reset_index(drop=True)[LABEL_COLUMNS]
 
 
-def from_text(saes: Mapping, tokens, tokenizer, min_purity: float = 0.5, min_count: int = 20) -> dict:
-    """Label the features of every SAE from text alone: `label` of each by its key (layer, ...), in one pass.
+class Words(Meter):
+    """`WordMeans` of one SAE on held-out text, of a vocabulary of ``n_words`` ids."""
 
-    ``tokens`` yields TokenBatches of held-out text; two tokens that decode to the same word are one word.
-    """
-    means = {key: WordMeans(len(tokenizer), sae.cfg.d_sae) for key, sae in saes.items()}
-    for batch in tokens:
-        following = next_tokens(batch.token, batch.sample, batch.position)
-        for key, sae in saes.items():
-            means[key].add(encode(sae, batch.acts[key[0]]), batch.token, following)
+    def __init__(self, sae, layer: int, n_words: int, scale: float = 1.0):
+        super().__init__(sae, layer, scale)
+        self.means = WordMeans(n_words, sae.cfg.d_sae)
+
+    def add(self, batch, features: sp.csr_matrix) -> None:
+        self.means.add(features, batch.token, next_tokens(batch.token, batch.sample, batch.position))
+
+    def result(self) -> WordMeans:
+        return self.means
+
+
+def named(means: Mapping, tokenizer, min_purity: float = 0.5, min_count: int = 20) -> dict:
+    """`label` of each `WordMeans` of one pass, by its key; two tokens that decode to the same word are one word."""
     seen = np.flatnonzero(next(iter(means.values())).counts["reads"])
     words = {int(i): tokenizer.decode([int(i)]).strip().lower() for i in seen}
-    return {key: label(mean, words, min_purity, min_count) for key, mean in means.items()}
+    return {key: label(of, words, min_purity, min_count) for key, of in means.items()}
 
 
-class ImageScan:
+class ImageScan(Meter):
     """What one pass over image tokens says about one SAE.
 
-    ``occurrences``: images of each class that retrieve each feature (`features.OccurrenceCounter`). Of the features
+    ``occurrences``: images of each class that retrieve each feature (`occurrences.OccurrenceCounter`). Of the features
     ``wanted``: ``maxima`` [S, F], the largest activation over each image's tokens, and ``share()`` [F], how much of the
     activation falls on the object (``cover`` [S, patches] from `data.ImageData.object_cover`, or None).
     """
 
     def __init__(self, sae, layer: int, wanted, class_labels, n_classes: int, cover=None, scale: float = 1.0):
-        self.sae, self.layer, self.scale, self.cover = sae, layer, scale, cover
-        self.wanted = np.asarray(wanted, np.int64)
+        super().__init__(sae, layer, scale)
+        self.cover, self.wanted = cover, np.asarray(wanted, np.int64)
         self.occurrences = OccurrenceCounter(class_labels, n_classes, sae.cfg.d_sae)
         self.maxima = np.zeros((len(class_labels), len(self.wanted)), np.float32)
         self.on_object, self.total = np.zeros((2, len(self.wanted)))
 
-    def add(self, batch) -> None:
+    def add(self, batch, features: sp.csr_matrix) -> None:
         """Take in a TokenBatch of whole images."""
         sample = batch.sample.numpy()
-        found = encode(self.sae, batch.acts[self.layer], self.scale)
-        self.occurrences.add(retrieve_top1(found), sample)
-        self.maxima[np.unique(sample)] = max_per_sample(found, sample, self.wanted)
+        self.occurrences.add(retrieve_top1(features), sample)
+        self.maxima[np.unique(sample)] = max_per_sample(features, sample, self.wanted)
         if self.cover is not None:
-            share = share_on_object(found, sample, batch.patch.numpy(), self.cover, self.wanted)
+            share = share_on_object(features, sample, batch.patch.numpy(), self.cover, self.wanted)
             self.on_object += share.on_object
             self.total += share.total
 
     def share(self) -> np.ndarray:
         """Share of each wanted feature's activation that falls on the object; nan where it never fires."""
         return np.divide(self.on_object, self.total, out=np.full(len(self.total), np.nan), where=self.total > 0)
-
-
-def scan(scans: Mapping, tokens) -> None:
-    """Feed one pass over image tokens to every `ImageScan`, two SAEs at a time on two cores."""
-    with crew() as each:
-        for batch in tokens:
-            each(lambda one, batch=batch: one.add(batch), scans.values())
 
 
 def top_features(counts, max_images: float) -> tuple[np.ndarray, np.ndarray]:

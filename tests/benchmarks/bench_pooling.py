@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 
-from mmsae_helpers.meters import features
+from mmsae_helpers.meters import features, pooling
 
 TOKENS, D_SAE, ACTIVE = 576, 16_384, 55
 
@@ -68,13 +68,13 @@ def speed(rounds=7):
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         for n in (1, 3, 5, 10, 50):
-            counts = features.pool(sparse, rows, 1, n).counts.toarray()[0]
+            counts = pooling.pool(sparse, rows, 1, n).counts.toarray()[0]
             assert np.array_equal(counts, definition(z, n)), "not equal to the definition"
             calls = (
                 lambda: store_and_reload(z, Path(folder)),
                 lambda n=n: definition(z, n),
-                lambda n=n: features.pool(sparse, rows, 1, n),
-                lambda n=n: features.pool(features.to_csr(z), rows, 1, n),
+                lambda n=n: pooling.pool(sparse, rows, 1, n),
+                lambda n=n: pooling.pool(features.to_csr(z), rows, 1, n),
             )
             disk, plain, from_sparse, from_dense = times_in_turn(calls, rounds)
             ratio = [x / ours for x in (disk + plain, plain) for ours in (from_sparse, from_dense)]
@@ -82,15 +82,15 @@ def speed(rounds=7):
             ms = [1e3 * t for t in (disk, plain, from_sparse, from_dense)]
             print("{:4d} {:5.0f} {:11.1f} {:13.2f} {:7.2f} |".format(n, *ms), end="")
             print(" {:9.0f}x {:9.0f}x {:10.0f}x {:9.0f}x".format(*ratio))
-    (everything,) = times_in_turn([lambda: features.pool_all(sparse, rows, 1)], rounds)
-    print(f"ours for all of {features.POOLINGS} in one pass, from sparse: {everything * 1e3:.2f} ms")
+    (everything,) = times_in_turn([lambda: pooling.pool_all(sparse, rows, 1)], rounds)
+    print(f"ours for all of {pooling.POOLINGS} in one pass, from sparse: {everything * 1e3:.2f} ms")
     return np.min(ratios, axis=0)
 
 
 def peak_memory(images):
     """Peak MiB above the one dense input while ``images`` images are pooled, each result used and dropped."""
     z = made_features(TOKENS, D_SAE, ACTIVE)
-    stream = features.PoolStream()
+    stream = pooling.PoolStream()
     tracemalloc.start()
     for image in range(images):
         stream.add(features.to_csr(z), np.full(TOKENS, image))
@@ -103,7 +103,7 @@ def peak_memory(images):
 def throughput(tokens=640_000, chunk=32_000, active=250, d_sae=1_024):
     """Seconds to pool that many tokens of the tiny world's density for all N, dense to sparse included."""
     z = made_features(chunk, d_sae, active)
-    stream, rows = features.PoolStream(), np.repeat(np.arange(chunk // 64), 64)
+    stream, rows = pooling.PoolStream(), np.repeat(np.arange(chunk // 64), 64)
     begun = time.perf_counter()
     for start in range(0, tokens, chunk):
         stream.add(features.to_csr(z), rows + start // 64)

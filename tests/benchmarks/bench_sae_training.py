@@ -24,6 +24,8 @@ import torch
 
 from mmsae_helpers import saes
 from mmsae_helpers.activations import TokenBatch
+from mmsae_helpers.meters.feed import feed
+from mmsae_helpers.meters.health import HealthMeter
 
 D_IN, D_SAE, BATCH, HEAD = 96, 3_072, 512, 8
 LAYERS, LAMBDAS, SEEDS = (0, 1), (1.0, 4.0), range(6)
@@ -79,7 +81,7 @@ def quality(sae, job, unseen, scale):
     penalty = (f @ sae.W_dec.norm(dim=1)).mean() * scale
     none = torch.zeros(len(unseen), dtype=torch.int64)
     batch = TokenBatch({job.layer: unseen}, none, none, none, none.bool(), none)
-    health = saes.evaluate(sae, [batch], job.layer)
+    health = feed({0: HealthMeter(sae, job.layer)}, [batch])[0]
     return float(error + job.config.l1_coefficient * penalty), health.l0, health.explained_variance
 
 

@@ -1,4 +1,4 @@
-"""Top 9 images of every feature: `features.TopImages` against sorting a Python list per neuron.
+"""Top 9 images of every feature: `top_images.TopImages` against sorting a Python list per neuron.
 
     python tests/benchmarks/bench_top_images.py
 
@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from mmsae_helpers.activations import TokenBatch
-from mmsae_helpers.meters import features
+from mmsae_helpers.meters import features, top_images
 from mmsae_helpers.meters.survey import Survey
 
 IMAGES, D_SAE, K, BATCH = 2_000, 4_096, 9, 100
@@ -44,7 +44,7 @@ def batch(start, density, order="random", size=BATCH):
 
 
 def ours(batches):
-    top = features.TopImages(D_SAE, K)
+    top = top_images.TopImages(D_SAE, K)
     for maxima, ids in batches:
         top.add(maxima, ids)
     return top.values, top.ids
@@ -111,7 +111,7 @@ def tokens(start, size=BATCH, each=10, d_in=32, n_words=200):
 
 def surveyed(one, images):
     for start in range(0, images, BATCH):
-        one.add(tokens(start))
+        one.add(batch := tokens(start), features.encode(one.sae, batch.acts[0]))
     return one.table()
 
 

@@ -1,0 +1,60 @@
+"""How well an SAE fits activations, and how often its features fire."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters.feed import Meter
+
+
+class Health(NamedTuple):
+    """How well an SAE fits activations; sums go over tokens t and coordinates, x^ is the reconstruction.
+
+    explained_variance = 1 - sum ||x_t - x^_t||^2 / sum ||x_t - mean_t x||^2
+    normalised_mse = sum ||x_t - x^_t||^2 / sum ||x_t||^2
+    l0: mean number of active features per token; alive: features that are ever active; mean_norm: of x_t, unscaled;
+    firing_rate: share of the tokens on which each feature is active, float64 [d_sae].
+    """
+
+    l0: float
+    explained_variance: float
+    normalised_mse: float
+    alive: int
+    n_tokens: int
+    mean_norm: float
+    firing_rate: np.ndarray
+
+    def numbers(self) -> dict[str, float]:
+        """All but the firing rates, for a row of a table."""
+        return {name: value for name, value in self._asdict().items() if name != "firing_rate"}
+
+
+class HealthMeter(Meter):
+    """`Health` of one SAE on a stream of tokens of one modality. Raises InputError where there were none."""
+
+    def __init__(self, sae, layer: int, scale: float = 1.0):
+        super().__init__(sae, layer, scale)
+        self.n = self.active = self.error = self.energy = self.norm = self.sum = 0
+        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
+
+    def chunk(self, raw: torch.Tensor, x: torch.Tensor, features: torch.Tensor) -> None:
+        fires = features > 0
+        self.fired = self.fired.to(fires.device) + fires.sum(0)
+        self.n += len(x)
+        self.error += (x - self.sae.decode(features)).square().sum(dtype=torch.float64)
+        self.energy += x.square().sum(dtype=torch.float64)
+        self.sum += x.sum(0, dtype=torch.float64)
+        self.norm += raw.norm(dim=1).sum(dtype=torch.float64)
+
+    def result(self) -> Health:
+        if not self.n:
+            raise InputError(f"no tokens to evaluate the SAE of layer {self.layer} on")
+        variance = self.energy - self.sum.square().sum() / self.n
+        ratios = (self.fired.sum() / self.n, 1 - self.error / variance, self.error / self.energy)
+        rate = self.fired.double().cpu().numpy() / self.n
+        alive = int((self.fired > 0).sum())
+        return Health(*map(float, ratios), alive, self.n, float(self.norm / self.n), rate)
