@@ -18,6 +18,7 @@ from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mmsae_helpers.activations import kept
@@ -25,6 +26,7 @@ from mmsae_helpers.errors import InputError, first_line
 from mmsae_helpers.workers import crew
 
 SAE_ID = "blocks.{layer}.hook_resid_post"
+CHUNK = 32  # batches within which each seed has its own order
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,19 @@ def train(batches, *, layers: Sequence[int], seeds: Sequence[int], config: Train
     return fit(batches, {(layer, seed): Job(layer, seed, config) for layer in layers for seed in seeds}, **options)
 
 
-def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progress=True) -> dict[Hashable, Any]:
+def fit(
+    batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progress=True, keep_order=False
+) -> dict[Hashable, Any]:
     """Train many sae-lens SAEs on one stream of batches {layer: [batch, d_in]}: layers x lambda x seeds.
 
     A callable that returns a fresh stream is called twice, so that the first norm_batches need not be held in memory.
 
     A lean loop over sae-lens's training class: its initialisation, loss, schedules and clipping at 1.0, with fused Adam
-    and less bookkeeping (a test compares it with `SAETrainer`). A seed decides the initial weights; all jobs see the
-    same batches. Returns inference SAEs by job, input scaling folded in, without gradients;
-    `sae.cfg.metadata.trained_norm` is the mean norm of the activations it was trained on.
-    Raises InputError if the stream ends before the last step.
+    and less bookkeeping (a test compares it with `SAETrainer`). A seed decides the initial weights and, unless
+    `keep_order`, the order of the tokens within every CHUNK batches; an SAE does not depend on the jobs beside it.
+    Returns inference SAEs by job, input scaling folded in, without gradients; `sae.cfg.metadata.trained_norm` is the
+    mean norm of the activations it was trained on.
+    Raises InputError where the stream ends early, and for activations of another width, not finite, or all zero.
     """
     from tqdm import tqdm
 
@@ -165,24 +170,46 @@ def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progr
     layers = sorted({job.layer for job in jobs.values()})
     head, stream = (batches(), batches()) if callable(batches) else tee(batches)
     sums = {layer: [] for layer in layers}  # of each batch: rows, the sum of their norms, their sum
-    for batch in islice(head, max(job.config.norm_batches for job in jobs.values())):
-        for layer in layers:
-            x = batch[layer].to(torch.float64)
-            if x.shape[1] != d_in:
-                raise InputError(f"SAE training: activations are {x.shape[1]} wide, but d_in is {d_in}")
-            sums[layer].append((len(x), x.norm(dim=1).sum().item(), x.sum(0)))
+    for batch in islice(_checked(head, layers, d_in), max(job.config.norm_batches for job in jobs.values())):
+        for layer, x in batch.items():
+            sums[layer].append((len(x), x.double().norm(dim=1).sum().item(), x.double().sum(0)))
     del head
     device = torch.device(device)
     trainers = [_Trainer(job, d_in, sums[job.layer], device) for job in jobs.values()]
-    n_done = 0
-    with crew(device) as each:
-        for batch in tqdm(islice(stream, steps), "training SAEs", steps, mininterval=1, disable=not progress):
-            on_device = {layer: batch[layer].to(device, torch.float32) for layer in layers}
-            each(lambda trainer, x=on_device: trainer.step(x[trainer.job.layer]), trainers)
-            n_done += 1
+    stream, n_done = islice(_checked(stream, layers, d_in), steps), 0
+    with crew(device) as each, tqdm(total=steps, desc="training SAEs", mininterval=1, disable=not progress) as bar:
+        while chunk := list(islice(stream, CHUNK)):
+            sizes = [len(batch[layers[0]]) for batch in chunk]
+            tokens = {layer: torch.cat([b.pop(layer) for b in chunk]).to(device, torch.float32) for layer in layers}
+            orders = {}
+            for trainer in trainers:  # by its own last step, so that a longer job beside it changes nothing
+                own = sizes[: max(trainer.cfg.steps - n_done, 0)]
+                order = torch.Generator().manual_seed(_mixed(trainer.job.seed, n_done))
+                rows = torch.arange(sum(own)) if keep_order else torch.randperm(sum(own), generator=order)
+                orders[trainer] = rows.to(device).split(own)
+            for i in range(len(chunk)):
+                going = [trainer for trainer in trainers if i < len(orders[trainer])]
+                each(lambda t, i=i, x=tokens, rows=orders: t.step(x[t.job.layer][rows[t][i]]), going)
+                bar.update()
+            n_done += len(chunk)
     if n_done < steps:
         raise InputError(f"SAE training: the stream ended after {n_done} of {steps} steps; give more text")
     return {key: trainer.finish() for key, trainer in zip(jobs, trainers, strict=True)}
+
+
+def _checked(batches, layers: Sequence[int], d_in: int) -> Iterator[dict[int, torch.Tensor]]:
+    """The batches' layers that are trained on; InputError for another width, and where a token is not finite."""
+    for i, batch in enumerate(batches):
+        for layer in layers:
+            if batch[layer].shape[1] != d_in:
+                raise InputError(f"SAE training: activations are {batch[layer].shape[1]} wide, but d_in is {d_in}")
+            bad = (~batch[layer].sum(1, dtype=torch.float32).isfinite()).nonzero().flatten().tolist()
+            if bad:
+                where = f"token {bad[0]} of batch {i} (layer {layer}; {len(bad)} in it)"
+                raise InputError(
+                    f"SAE training: NaN or infinite activations, first in {where}; mend or drop that input"
+                )
+        yield {layer: batch[layer] for layer in layers}
 
 
 class _Trainer:
@@ -203,6 +230,8 @@ class _Trainer:
             self.sae = StandardTrainingSAE(shape).to(device)
         rows, norms, total = zip(*sums[: cfg.norm_batches] or [(1, d_in**0.5, torch.zeros(d_in))], strict=True)
         self.trained_norm = sum(norms) / sum(rows)
+        if not self.trained_norm:
+            raise InputError(f"SAE training: all activations of layer {job.layer} are zero in the first batches")
         self.scale = d_in**0.5 / self.trained_norm if cfg.normalize_activations != "none" else 1.0
         if cfg.b_dec_init == "mean":
             self.sae.b_dec.data = (sum(total) / sum(rows) * self.scale).float().to(device)
@@ -212,12 +241,9 @@ class _Trainer:
             "constant", self.optimiser, cfg.steps, cfg.lr, cfg.lr_warm_up_steps, cfg.lr_decay_steps, cfg.lr, 1
         )
         self.l1 = CoefficientScheduler(cfg.l1_warm_up_steps, cfg.l1_coefficient)
-        self.n_done = 0
 
     def step(self, x: torch.Tensor) -> None:
         """One Adam step on mean_tokens( ||x - x^||^2 + l1 sum_j f_j ||W_dec_j|| ), x scaled, or the loss as printed."""
-        if self.n_done == self.cfg.steps:
-            return
         W_enc, b_enc, W_dec, b_dec = self.weights
         x = x * self.scale
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.autocast):
@@ -237,7 +263,6 @@ class _Trainer:
             warnings.simplefilter("ignore")
             self.lr.step()
         self.l1.step()
-        self.n_done += 1
 
     def finish(self):
         from sae_lens import SAE
@@ -331,7 +356,7 @@ def trained(
     rest = "cpu" if together else device
     found, places, texts = {}, {}, {}
     for key, job in jobs.items():
-        about = {"description": description, "config": asdict(job.config), "d_in": d_in, "format": 1}
+        about = {"description": description, "config": asdict(job.config), "d_in": d_in, "format": 2}
         texts[key] = json.dumps(about, sort_keys=True)
         root = Path(folder) / hashlib.sha256(texts[key].encode()).hexdigest()[:16]
         place = places[key] = root / _folder(job.layer, job.seed)
@@ -405,20 +430,27 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
     return sae
 
 
-def random_saes(saes: Mapping, acts: Mapping, scales: Mapping | None = None, first_seed: int = 1000) -> dict:
-    """A matched `random_sae` for each SAE by its key (layer, seed), on `acts` {layer: [N, d_in]}.
+def random_saes(
+    saes: Mapping, acts: Mapping, scales: Mapping | None = None, first_seed: int = 1000, matched: bool = True
+) -> dict:
+    """A `random_sae` for each SAE by its key (layer, ..., seed), on `acts` {layer: [N, d_in]}.
 
-    `scales` by key multiply the activations first. The directions depend on the seed alone: controls of one SAE
-    matched on text and on image tokens differ in thresholds only.
+    `scales` by key multiply the activations first. The directions depend on seed and layer alone: another draw at each
+    block, while controls of one SAE matched on text and on image tokens differ in thresholds only.
     """
 
-    def matched(key):
+    def control(key):
         scale = (scales or {}).get(key, 1.0)
         own = acts[key[0]] * scale if scale != 1.0 else acts[key[0]]
-        return random_sae(saes[key], own, first_seed + key[1], matched=True)
+        return random_sae(saes[key], own, _mixed(first_seed + key[-1], key[0]), matched)
 
-    with crew(next(iter(saes.values())).device) as each:
-        return dict(zip(saes, each(matched, saes), strict=True))
+    with crew(next(iter(saes.values())).device if saes else "cpu") as each:
+        return dict(zip(saes, each(control, saes), strict=True))
+
+
+def _mixed(*seeds: int) -> int:
+    """One seed of several, so that no two combinations share a stream of random numbers."""
+    return int(np.random.SeedSequence(seeds).generate_state(1)[0])
 
 
 def rescale_factor(acts: torch.Tensor, target_norm: float) -> float:

@@ -45,7 +45,7 @@ def test_same_weights_as_sae_lens_trainer(normalize):
 
     config = replace(CONFIG, normalize_activations=normalize, lr_warm_up_steps=5, lr_decay_steps=15)
     stream = batches(config.steps)
-    ours = saes.train(stream, d_in=D_IN, layers=[0], seeds=[3], config=config, progress=False)[0, 3]
+    ours = saes.train(stream, d_in=D_IN, layers=[0], seeds=[3], config=config, progress=False, keep_order=True)[0, 3]
 
     torch.manual_seed(3)
     theirs = StandardTrainingSAE(
@@ -84,6 +84,47 @@ def test_deterministic_and_seeds_and_layers_independent():
         assert torch.equal(first[4, 1].state_dict()[name], value)
     assert not torch.equal(first[4, 0].W_enc, first[4, 1].W_enc)
     assert not any(p.requires_grad for p in first[4, 0].parameters())
+
+
+def test_a_seed_orders_the_tokens_of_a_chunk_and_nothing_else_does():
+    seen = {}
+
+    class Spy(saes._Trainer):
+        def step(self, x):
+            seen.setdefault(key, []).append(x[:, 0].clone())
+            super().step(x)
+
+    stream = [{0: torch.arange(i * BATCH, (i + 1) * BATCH).float()[:, None].expand(-1, D_IN) / 1e4} for i in range(60)]
+    short, given = replace(CONFIG, steps=40), dict(d_in=D_IN, progress=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(saes, "_Trainer", Spy)
+        for key, options in {(0, 40): {}, (1, 40): {}, (0, "kept"): {"keep_order": True}}.items():
+            saes.fit(stream, {0: saes.Job(0, key[0], short)}, **given, **options)
+    whole = torch.cat([batch[0][:, 0] for batch in stream])[: 40 * BATCH]
+    mine, other, kept = (torch.cat(seen[key]) for key in ((0, 40), (1, 40), (0, "kept")))
+    assert torch.equal(kept, whole) and not torch.equal(mine, whole) and not torch.equal(mine, other)
+    for order in (mine, other):  # each token once, in its own chunk
+        for part in (slice(saes.CHUNK * BATCH), slice(saes.CHUNK * BATCH, None)):
+            assert torch.equal(order[part].sort().values, whole[part])
+    both = {n: saes.Job(0, 0, replace(CONFIG, steps=n)) for n in (40, 60)}
+    beside, alone = saes.fit(batches(60), both, **given)[40], saes.fit(batches(60), {40: both[40]}, **given)[40]
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in beside.state_dict().items())
+
+
+@pytest.mark.parametrize("at", [2, 50])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_training_refuses_activations_that_are_not_finite(at, value):
+    stream = batches(60)
+    stream[at][0][17, 3] = value
+    with pytest.raises(InputError, match=rf"NaN or infinite activations, first in token 17 of batch {at} \(layer 0"):
+        saes.train(stream, d_in=D_IN, layers=[0], seeds=[0], config=CONFIG, progress=False)
+
+
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
+def test_training_refuses_activations_that_are_all_zero(normalize):
+    config = replace(CONFIG, normalize_activations=normalize)
+    with pytest.raises(InputError, match="all activations of layer 0 are zero"):
+        saes.train([{0: torch.zeros(BATCH, D_IN)}] * 60, d_in=D_IN, layers=[0], seeds=[0], config=config)
 
 
 def test_training_does_not_touch_the_global_generator():
@@ -338,3 +379,18 @@ def test_controls_have_one_direction_a_feature_and_thresholds_of_their_tokens():
     text, image = found["text"][3, 0], found["image"][3, 0]
     assert torch.equal(text.W_enc, image.W_enc) and not torch.equal(text.b_enc, image.b_enc)
     assert not torch.equal(text.W_enc, found["text"][3, 1].W_enc)
+
+
+def test_directions_differ_between_blocks_and_even_controls_fire_equally_often():
+    from sae_lens import StandardSAE, StandardSAEConfig
+
+    torch.manual_seed(0)
+    one = StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)).eval()
+    acts = dict.fromkeys((0, 3), torch.randn(400, 8))
+    keys = [(layer, "arm", seed) for layer in acts for seed in (0, 1)]
+    found = saes.random_saes(dict.fromkeys(keys, one), acts, matched=False)
+    firsts = [found[key].W_enc for key in keys]
+    assert not any(torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
+    expected = round((one.encode(acts[0]) > 0).sum(0).double().mean().item())
+    assert all(((sae.encode(acts[0]) > 0).sum(0) == expected).all() for sae in found.values())
+    assert saes.random_saes({}, acts) == {}
