@@ -7,7 +7,9 @@ from scipy import stats
 
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.suite import results
-from mmsae_helpers.suite.results import Interval, Run, mean_ci, verdict
+from mmsae_helpers.suite.claims import definitions
+from mmsae_helpers.suite.observations import Interval, Observations, bootstrap_ci, crossed_ci, mean_ci
+from mmsae_helpers.suite.results import Run
 
 
 @pytest.fixture
@@ -34,37 +36,25 @@ def test_mean_ci_is_the_t_interval():
 
 def test_bootstrap_is_seeded_and_covers_the_estimate():
     x = np.random.default_rng(0).normal(size=100)
-    got = results.bootstrap_ci(x, np.median, seed=1)
-    assert got == results.bootstrap_ci(x, np.median, seed=1)
+    got = bootstrap_ci(x, np.median, seed=1)
+    assert got == bootstrap_ci(x, np.median, seed=1)
     assert got.lo < got.value < got.hi
 
 
 def test_crossed_interval_covers_repetitions_and_samples():
     rng = np.random.default_rng(0)
     samples, a, b = 20 * rng.normal(size=200), rng.normal(size=(3, 1)), rng.normal(size=(4, 1))
-    got = results.crossed_ci(samples + 5 + a, samples + b)  # what samples share cancels, seeds do not
+    got = crossed_ci(samples + 5 + a, samples + b)  # what samples share cancels, seeds do not
     assert got.value == pytest.approx(5 + a.mean() - b.mean()) and got.n == 200
     only_seeds = [a[rng.integers(0, 3, 3)].mean() - b[rng.integers(0, 4, 4)].mean() + 5 for _ in range(2000)]
     assert np.allclose(got[1:3], np.quantile(only_seeds, [0.025, 0.975]), atol=0.2)
-    one = results.crossed_ci(samples[None], 0.5)  # one repetition: the bootstrap over samples
-    plain = results.bootstrap_ci(samples - 0.5)
+    one = crossed_ci(samples[None], 0.5)  # one repetition: the bootstrap over samples
+    plain = bootstrap_ci(samples - 0.5)
     assert one.value == pytest.approx(plain.value) and np.allclose(one[1:3], plain[1:3], atol=0.4)
 
 
-@pytest.mark.parametrize(
-    "ci, direction, null, said",
-    [
-        ((0.1, 0.3), "greater", 0, "replicated"),
-        ((-0.1, 0.3), "greater", 0, "inconclusive"),
-        ((-0.3, -0.1), "greater", 0, "contradicted"),
-        ((-0.3, -0.1), "less", 0, "replicated"),
-        ((-0.02, 0.3), "greater", -0.05, "replicated"),
-        (None, "greater", 0, "inconclusive"),
-        ((float("nan"), 1), "greater", 0, "inconclusive"),
-    ],
-)
-def test_verdict_from_the_interval(ci, direction, null, said):
-    assert verdict(0.1, ci, direction, null) == said
+def seeds(*values):
+    return Observations({(s,): v for s, v in enumerate(values)}, "seed")
 
 
 def test_run_writes_the_contract(root):
@@ -72,8 +62,8 @@ def test_run_writes_the_contract(root):
     run.metric("f1", mean_ci([0.7, 0.8, 0.9]), unit="Macro F1")
     run.metric("tokens", np.int64(7))
     run.metric("broken", float("nan"))
-    run.claim("A1", effect=Interval(0.2, 0.1, 0.3, 3), note="rise per layer")
-    run.claim("A2", "inconclusive", 0.0, (-1.0, 1.0), 3)
+    run.claim("A1").primary(seeds(0.1, 0.2, 0.15), control=seeds(0.5, 0.61, 0.55))
+    assert run.claim("A1").part("late", seeds(0.1, 0.2, 0.3)) is run.claim("A1")
     run.save()
     written = json.loads((root / "artifacts/tiny/01_x/results.json").read_text())
     assert set(written) == {"notebook", "profile", "parameters", "metrics", "claims", "provenance"}
@@ -81,7 +71,11 @@ def test_run_writes_the_contract(root):
     assert written["metrics"]["f1"]["n"] == 3 and len(written["metrics"]["f1"]["ci"]) == 2
     assert written["metrics"]["tokens"] == {"value": 7, "ci": None, "n": None, "unit": ""}
     assert written["metrics"]["broken"]["value"] is None
-    assert written["claims"][0]["verdict"] == "replicated" and written["claims"][0]["ci"] == [0.1, 0.3]
+    (said,) = written["claims"]
+    assert said["as_stated"]["verdict"] == "replicated" and said["as_stated"]["varied"] == "3 seeds"
+    assert said["beyond_control"]["verdict"] == "contradicted" and said["beyond_control"]["control"]["n"] == 3
+    assert list(said["parts"]["late"]) == ["effect", "ci_holm", "n", "control", "beyond"]
+    assert "fewer" not in said["sentence"] and "0.15 [" in said["sentence"]
     assert {"versions", "revision", "device", "seeds", "duration_s"} <= set(written["provenance"])
     assert not list(run.folder.glob("*.part"))
 
@@ -98,34 +92,26 @@ def test_run_refuses_what_it_cannot_use(root):
     run = Run("01_x", values())
     with pytest.raises(InputError, match="no claim 'Z1'"):
         run.claim("Z1")
-    with pytest.raises(InputError, match="verdict 'maybe'"):
-        run.claim("A1", "maybe")
+    run.claim("A1")
+    with pytest.raises(InputError, match="A1: no primary effect"):
+        run.save()
 
 
 def test_ledger_has_every_claim_and_says_not_run(root):
     run = Run("01_x", values())
-    run.claim("A1", effect=Interval(0.2, 0.1, 0.3, 3), note="a | <script>")
+    run.claim("A1").primary(seeds(0.1, 0.2, 0.15), control=seeds(0.1, 0.2, 0.1))
     run.save()
     ledger = results.ledger("tiny")
-    assert list(dict.fromkeys(ledger["claim"])) == list(results.CLAIMS)
-    first = ledger.iloc[0]
-    assert first["ours"] == "0.2 [0.1, 0.3]" and first["notebook"] == "01_x" and first["verdict"] == "replicated"
-    assert set(ledger["verdict"][1:]) == {"not run"}
-    text = results.to_markdown(ledger)
-    assert "a \\| &lt;script&gt;" in text and len(text.splitlines()) == len(ledger) + 2
-
-
-def test_claims_are_those_of_the_papers():
-    assert len(results.CLAIMS) == 23
-    assert [id for id in results.CLAIMS if id.startswith("A")] == [f"A{i}" for i in range(1, 10)]
-
-
-def test_a_claim_stands_as_far_as_its_weakest_part():
-    holds, wide = Interval(0.2, 0.1, 0.3, 3), Interval(0.05, -0.4, 0.5, 3)
-    fails, alone = Interval(-0.01, -0.02, -0.005, 3), Interval(0.01, None, None, 1)
-    assert results.weakest({"a": holds, "b": wide, "c": fails}) == ("c", fails)
-    assert results.weakest({"a": holds, "b": wide}) == ("b", wide)
-    assert results.weakest({"a": holds, "d": alone}) == ("d", alone)
+    assert list(dict.fromkeys(about.id for about, *_ in ledger)) == list(definitions())
+    about, said, name = ledger[0]
+    assert about.id == "A1" and name == "01_x" and said["as_stated"]["verdict"] == "replicated"
+    assert {said for _, said, _ in ledger[1:]} == {None}
+    table = results.ledger_table(ledger)
+    assert table.loc[0, "effect"].startswith("0.15 [0.0258, 0.274] share") and table.loc[0, "varied"] == "3 seeds"
+    assert set(table["as stated"][1:]) == {"not run"} and table.loc[0, "beyond control"] == "inconclusive"
+    table.loc[0, "varied"] = "a | <script>"
+    text = results.to_markdown(table)
+    assert "a \\| &lt;script&gt;" in text and len(text.splitlines()) == len(table) + 2
 
 
 def test_many_metrics_at_once_get_plain_names(root):
@@ -134,3 +120,14 @@ def test_many_metrics_at_once_get_plain_names(root):
     run.save()
     metrics = json.loads((run.folder / "results.json").read_text())["metrics"]
     assert set(metrics) == {"f1_top_3_raw", "f1_7"} and metrics["f1_top_3_raw"]["ci"] == [0.4, 0.6]
+
+
+def test_observations_are_recorded_in_one_call(root):
+    run = Run("01_x", values())
+    rows = Observations({(m, b, s): b + s for m in "xy" for b in (0, 2) for s in range(3)}, "m block seed", "F1")
+    run.metrics("score", rows, by=["m", "block"])
+    run.metrics("whole", rows)
+    run.save()
+    metrics = json.loads((run.folder / "results.json").read_text())["metrics"]
+    assert set(metrics) == {"score_x_0", "score_x_2", "score_y_0", "score_y_2", "whole"}
+    assert metrics["score_x_2"]["value"] == 3 and metrics["score_x_2"]["unit"] == "F1" and metrics["whole"]["n"] == 3

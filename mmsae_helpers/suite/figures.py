@@ -100,25 +100,34 @@ def caption(fig, sentence):
     display(Markdown(f"*Figure.* {html.escape(sentence, quote=False)}", metadata={"mmsae": "caption"}))
 
 
-def verdict_grid(frame):
-    """Figure with a tile per claim of a `results.ledger`, a row per paper, coloured and marked by verdict.
+def forest(said, about):
+    """Figure of a claim (`claims.Claim.as_dict`): the primary effect and its control, parts, readings, sensitivity.
 
-    Of several verdicts on one claim the first that is not "replicated" shows: a claim must hold everywhere.
+    A diamond is an effect, a ring its control's; the line is what the verdict is judged against.
     """
     import matplotlib.pyplot as plt
 
-    papers = sorted({claim[0] for claim in frame["claim"]})
-    fig, ax = plt.subplots(figsize=(7, 0.75 * len(papers) + 0.6))
-    for claim, rows in frame.groupby("claim"):
-        said = sorted(rows["verdict"], key=lambda v: v == "replicated")[0]
-        colour, mark = VERDICT_LOOK[said]
-        x, y = int(claim[1:]), -papers.index(claim[0])
-        ax.add_patch(plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, color=colour))
-        ink = "black" if said in ("not run", "inconclusive") else "white"
-        ax.text(x, y, f"{claim}\n{mark}", ha="center", va="center", color=ink, fontsize=9, weight="bold")
-    ax.set(xlim=(0.4, 9.6), ylim=(-len(papers) + 0.45, 0.55))
-    ax.axis("off")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour, _ in VERDICT_LOOK.values()]
-    names = [f"{mark} {name}" for name, (_, mark) in VERDICT_LOOK.items()]
-    fig.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9)
+    stated, beyond = said["as_stated"], said.get("beyond_control", {})
+    rows = [("as stated", stated, beyond.get("control"), 0)]
+    rows += [("beyond control", beyond, None, 0)] if beyond else []
+    rows += [(name, part | {"ci": part["ci_holm"]}, part["control"], 2) for name, part in said["parts"].items()]
+    rows += [(f"reading: {name}", part, None, 3) for name, part in said["readings"].items()]
+    rows += [
+        (f"{name} {value}", part, None, 4) for name, by in said["sensitivity"].items() for value, part in by.items()
+    ]
+    fig, ax = plt.subplots(figsize=(7.2, 0.34 * len(rows) + 0.9))
+    for y, (_, effect, control, i) in enumerate(rows):
+        _whisker(ax, y, effect, PALETTE[i], marker="D", ms=7 if y < 2 else 5)
+        if control:
+            _whisker(ax, y + 0.25, control, "#666666", marker="o", mfc="white", ms=5)
+    ax.axvline(stated["null"], color="#444444", lw=1, ls="--", marker="")
+    ax.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
+    ax.set(xlabel=about.unit, ylim=(len(rows) - 0.4, -0.6))
+    ax.grid(axis="y", visible=False)
     return fig
+
+
+def _whisker(ax, y, effect, color, **look):
+    lo, hi = effect["ci"] or (effect["effect"], effect["effect"])
+    ax.plot([lo, hi], [y, y], color=color, lw=1.6, marker="", ls="-")
+    ax.plot(effect["effect"], y, color=color, ls="none", **look)
