@@ -27,9 +27,13 @@ def test_there_are_notebooks():
 def test_shape(path):
     kinds = [kind for kind, _, _ in cells(path)]
     code = [text for kind, text, _ in cells(path) if kind == "code"]
-    lengths = [sum(bool(line.strip()) for line in text.splitlines()) for text in code]
-    assert sum(n > 15 for n in lengths) <= 0.1 * len(code), f"cells over 15 lines: {[n for n in lengths if n > 15]}"
-    assert max(lengths) <= 40
+    own = [
+        text for kind, text, c in cells(path) if kind == "code" and "parameters" not in c["metadata"].get("tags", [])
+    ]
+    lengths = sorted(sum(bool(line.strip()) for line in text.splitlines()) for text in own)
+    assert lengths[len(lengths) // 2] <= 8 and lengths[-1] <= 25, f"median at most 8 lines, longest 25: {lengths}"
+    assert not [line for text in code for line in text.splitlines() if len(line) > 120]
+    assert not [line for text in own for line in text.splitlines() if "note" in line and "+=" in line]
     assert kinds.count("markdown") >= 0.75 * len(code), "three prose cells for every four code cells"
     assert "code code code code" not in " ".join(kinds), "never more than three code cells without prose"
     text = "\n".join(code)

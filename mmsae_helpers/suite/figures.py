@@ -85,10 +85,11 @@ def bars(ax, labels, intervals, color=PALETTE[0]):
     ax.margins(x=0.12)
 
 
-def caption(fig, sentence):
+def caption(fig, sentence, lead=False):
     """Show a matplotlib or plotly figure with a sentence under it that says how to read it.
 
-    The sentence is Markdown; ``<`` and ``&`` in it are text. Closes a matplotlib figure, so it appears once.
+    The sentence is Markdown; ``<`` and ``&`` in it are text. Closes a matplotlib figure, so it appears once. ``lead``:
+    it carries the notebook's story, and stands at the head of its report.
     """
     from IPython.display import Markdown, display
 
@@ -97,7 +98,7 @@ def caption(fig, sentence):
         import matplotlib.pyplot as plt
 
         plt.close(fig)
-    display(Markdown(f"*Figure.* {html.escape(sentence, quote=False)}", metadata={"mmsae": "caption"}))
+    display(Markdown(f"*Figure.* {html.escape(sentence, quote=False)}", metadata={"mmsae": "lead" if lead else "caption"}))
 
 
 def forest(said, about):
