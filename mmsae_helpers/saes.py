@@ -23,7 +23,7 @@ import torch
 
 from mmsae_helpers.activations import kept
 from mmsae_helpers.errors import InputError, first_line
-from mmsae_helpers.workers import crew
+from mmsae_helpers.workers import autocast, crew
 
 SAE_ID = "blocks.{layer}.hook_resid_post"
 CHUNK = 32  # batches within which each seed has its own order
@@ -41,7 +41,7 @@ class TrainingConfig:
     b_dec_init: "zeros" (sae-lens), or "mean": of those first batches.
     loss: "standard" (sae-lens's); or "as_printed" in paper B, mean squared error + l1_coefficient * mean(f), both means
         over every element, whatever the decoder's norms.
-    autocast: multiply in bfloat16 (weights and optimiser stay float32): 3 times faster on CPUs that have it.
+    autocast: multiply in bfloat16 where the processor has it (weights and optimiser stay float32): 3 times faster.
     """
 
     d_sae: int
@@ -246,7 +246,7 @@ class _Trainer:
         """One Adam step on mean_tokens( ||x - x^||^2 + l1 sum_j f_j ||W_dec_j|| ), x scaled, or the loss as printed."""
         W_enc, b_enc, W_dec, b_dec = self.weights
         x = x * self.scale
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.autocast):
+        with autocast(self.device, self.cfg.autocast):
             # Zero in value: carries b_dec's gradient without a product as large as the encoder's.
             b_dec_path = (b_dec.detach() - b_dec) @ W_enc
             f = torch.relu(torch.addmm(b_enc + b_dec_path, x - b_dec.detach(), W_enc))
@@ -277,11 +277,11 @@ class _Trainer:
         with torch.random.fork_rng(devices=[]):
             sae = SAE.from_dict(self.sae.cfg.get_inference_sae_cfg_dict())
         sae.load_state_dict(self.sae.state_dict())
-        return _ready(sae)
+        return _usable(sae, f"trained on layer {self.job.layer} from seed {self.job.seed}")
 
 
 def obtain(
-    source: str, *, d_in: int, layers: Sequence[int], seeds=(0,), sae_id=SAE_ID, device="cpu", **training
+    source: str, *, d_in: int, layers: Sequence, seeds=(0,), sae_id=SAE_ID, device="cpu", any_hook=False, **training
 ) -> dict[tuple[int, int], Any]:
     """SAEs by (layer, seed): trained, from a local folder, or from a sae-lens release.
 
@@ -290,24 +290,28 @@ def obtain(
     source a release, e.g. "gemma-2b-res-jb": `SAE.from_pretrained(release, sae_id)`.
     Where there is one SAE a layer whatever the seed, it stands under the first seed: go over the keys.
 
-    Raises InputError: folder missing, SAE unreadable or not d_in wide, release or id unknown, offline.
+    Raises InputError: folder missing, release or id unknown, offline; an SAE unreadable, not finite, not d_in wide,
+    scaled by a factor it does not tell, or, unless `any_hook`, meant for another place than the block's output.
     """
     keys = [(layer, seed) for layer in layers for seed in seeds]
     if source == "train":
         config = training.pop("config")
         return trained({key: Job(*key, config) for key in keys}, d_in=d_in, device=device, **training)
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        if path.is_absolute() or source.startswith((".", "~")):
-            raise InputError(f"no such folder of SAEs: {path}; give a folder, a sae-lens release, or 'train'")
-        return {(layer, seeds[0]): _released(source, sae_id.format(layer=layer), d_in, device) for layer in layers}
-    found = {}
+    path, found = Path(source).expanduser(), {}
+    if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~"))):
+        raise InputError(f"no such folder of SAEs: {path}; give a folder, a sae-lens release, or 'train'")
     for layer, seed in keys:
         own, shared = path / _folder(layer, seed), path / sae_id.format(layer=layer)
-        if not own.is_dir() and not shared.is_dir():
+        if path.is_dir() and not own.is_dir() and not shared.is_dir():
             raise InputError(f"no SAE for layer {layer} in {path}: no folder {shared.name} or {own.name}")
-        if own.is_dir() or seed == seeds[0]:
+        if not path.is_dir() and seed == seeds[0]:
+            found[layer, seed] = _released(source, sae_id.format(layer=layer), d_in, device)
+        elif own.is_dir() or (shared.is_dir() and seed == seeds[0]):
             found[layer, seed] = load(own if own.is_dir() else shared, d_in, device)
+    for (layer, _), sae in found.items():
+        hook = sae.cfg.metadata.hook_name  # none in some old files
+        if not any_hook and hook not in (None, SAE_ID.format(layer=layer), f"blocks.{layer + 1}.hook_resid_pre"):
+            raise InputError(f"the SAE for block {layer} of {source} reads {hook}: any_hook=True takes it nevertheless")
     return found
 
 
@@ -316,19 +320,30 @@ def _folder(layer: int, seed: int) -> str:
 
 
 def load(folder: Path | str, d_in: int | None = None, device: str = "cpu"):
-    """The SAE saved in `folder` in sae-lens format; InputError if unreadable or not `d_in` wide."""
+    """The SAE saved in `folder` in sae-lens format, a checkpoint's scaling folded in; InputError as of `obtain`."""
     from sae_lens import SAE
 
     try:
         sae = SAE.load_from_disk(folder, device=device)
+        scaler = Path(folder) / "activation_scaler.json"
+        factor = json.loads(scaler.read_text())["scaling_factor"] if scaler.is_file() else None
     except Exception as error:  # missing, truncated, foreign: safetensors, json and sae-lens each fail in their way
         raise InputError(f"cannot read the SAE in {folder} ({first_line(error)}); restore or delete it") from error
-    return _ready(sae, d_in, folder)
+    return _usable(sae, f"in {folder}", d_in, factor)
 
 
-def _ready(sae, d_in: int | None = None, where=""):
+def _usable(sae, where: str, d_in: int | None = None, factor: float | None = None):
     if d_in not in (None, sae.cfg.d_in):
         raise InputError(f"the SAE {where} takes activations {sae.cfg.d_in} wide, the model's are {d_in} wide")
+    bad = [name for name, values in sae.state_dict().items() if not values.isfinite().all()]
+    if bad:
+        raise InputError(f"the SAE {where} has NaN or infinite values in {', '.join(bad)}: get or train another")
+    scaling = sae.cfg.normalize_activations
+    if scaling in ("expected_average_only_in", "covariance_whitening"):  # sae-lens would not scale at all
+        if scaling == "covariance_whitening" or not factor:
+            raise InputError(f"the SAE {where} is a training checkpoint whose {scaling} is not folded in: finish it")
+        sae.fold_activation_norm_scaling_factor(factor)
+        sae.cfg.metadata.trained_norm = sae.cfg.d_in**0.5 / factor
     return sae.eval().requires_grad_(False)
 
 
@@ -342,7 +357,7 @@ def _released(release: str, sae_id: str, d_in: int, device: str):
         raise InputError(f"cannot get SAE {sae_id} of release {release}: {first_line(error)}") from error
     factor = get_norm_scaling_factor(release, sae_id)
     sae.cfg.metadata.trained_norm = d_in**0.5 / factor if factor else None
-    return _ready(sae, d_in, f"{release}/{sae_id}")
+    return _usable(sae, f"{release}/{sae_id}", d_in)
 
 
 def trained(
@@ -397,36 +412,48 @@ def save(sae, folder: Path | str) -> None:
 def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
     """The control: an SAE of the class and size of `like` whose directions mean nothing.
 
-    Random unit directions in the encoder, b_dec the mean of `acts` [N, d_in], and for each feature the bias at which
-    all fire equally often and mean L0 on `acts` equals `like`'s; ``matched``: at which it fires on as many of `acts` as
-    the feature of `like` with its number, so that as many are as rare, or dead. The decoder is the same directions
-    times one factor, that of least squared error on `acts`; at length 1 overlapping ones add up to more than there is.
+    Random unit directions in the encoder, b_dec the mean of `acts` [N, d_in] as `like` scales them, and for each
+    feature the bias at which all fire equally often and mean L0 on `acts` equals `like`'s; ``matched``: at which it
+    fires on as many of `acts` as the feature of `like` with its number, so that as many are as rare, or dead. A
+    JumpReLU feature starts at its own threshold; a TopK's control is a standard SAE, since K a token leaves no choice
+    of counts. The decoder is the same directions times one factor, that of least squared error on `acts`; at length 1
+    overlapping ones add up to more than there is. Raises InputError for other architectures.
     """
     from sae_lens import SAE
 
+    kind = like.cfg.architecture()
+    if kind not in ("standard", "jumprelu", "topk") or like.cfg.reshape_activations != "none":
+        shape = f"{kind} (reshape_activations: {like.cfg.reshape_activations})"
+        raise InputError(f"no random control of an SAE of architecture {shape}: give a standard, jumprelu or topk one")
     acts = acts.to(like.device, torch.float32)
     counts = sum((like.encode(x) > 0).sum(0) for x in acts.split(1024))
     if not matched:
         counts = torch.full_like(counts, round(counts.double().mean().item()))
     metadata = type(like.cfg.metadata)(hook_name=like.cfg.metadata.hook_name, random_seed=seed)
+    about = replace(like.cfg, metadata=metadata).to_dict() | {"architecture": kind.replace("topk", "standard")}
     with torch.random.fork_rng(devices=[]):
-        sae = SAE.from_dict(replace(like.cfg, metadata=metadata).to_dict())
+        sae = SAE.from_dict(about).eval().requires_grad_(False)
     directions = torch.randn(like.cfg.d_sae, like.cfg.d_in, generator=torch.Generator().manual_seed(seed))
-    directions = torch.nn.functional.normalize(directions, dim=1).to(acts)
-    mean = acts.mean(0)
-    bias, centred = torch.empty_like(directions[:, 0]), (acts - mean).T
+    directions = torch.nn.functional.normalize(directions, dim=1).to(sae.W_dec)
+    sae.W_dec.data, sae.W_enc.data, start = directions, directions.T.contiguous(), torch.zeros_like(sae.b_enc)
+    sae.b_dec.data = sae.process_sae_in(acts).mean(0)  # it is zero so far
+    if kind == "jumprelu":
+        sae.threshold.data, start = like.threshold.to(start), like.threshold.clamp(min=0).to(start)
+    x = sae.process_sae_in(acts).T
     for part in counts.argsort().split(128):  # like with like, so that few need be ranked
-        beyond = counts[part].clamp(max=len(acts) - 1)
-        highest = (directions[part] @ centred).topk(int(beyond[-1].item()) + 1).values
-        bias[part] = torch.where(counts[part] > 0, -highest.gather(1, beyond[:, None])[:, 0], -torch.inf)
-    sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
-    sae.b_dec.data, sae.b_enc.data = mean, bias
-    sae = _ready(sae.to(device=like.device, dtype=like.dtype))
+        n = counts[part, None]
+        highest = (directions[part] @ x).topk(min(int(n[-1].item()) + 1, len(acts))).values
+        last, next_ = (highest.gather(1, (n - i).clamp(0, highest.shape[1] - 1)) for i in (1, 0))
+        next_ = torch.where(n < len(acts), next_, last - (highest[:, :1] - last) / len(acts))
+        bias = start[part] - (last + next_)[:, 0] / 2  # between the two, lest a sum in another order moves one across
+        sae.b_enc.data[part] = torch.where(counts[part] > 0, bias, torch.finfo(sae.dtype).min)
     overlap = energy = 0
     for x in acts.split(1024):
-        y = sae.decode(sae.encode(x)) - sae.b_dec
-        overlap, energy = overlap + ((x - mean) * y).sum(dtype=torch.float64), energy + y.square().sum()
-    sae.W_dec.data *= (overlap / energy).nan_to_num(1.0).to(like.dtype)  # 0 / 0: silent on acts
+        sae.process_sae_in(x)  # notes the scaling that the next line undoes
+        base = sae.run_time_activation_norm_fn_out(sae.b_dec)
+        y = sae.decode(sae.encode(x)) - base
+        overlap, energy = overlap + ((x - base) * y).sum(dtype=torch.float64), energy + y.square().sum()
+    sae.W_dec.data = directions * (overlap / energy).nan_to_num(1.0).to(like.dtype)  # 0 / 0: silent on acts
     return sae
 
 

@@ -260,7 +260,7 @@ def test_obtain_trains_only_what_is_missing_and_reloads_equal(tmp_path):
 
 
 def test_folder_with_sae_lens_ids_has_one_sae_a_layer(tmp_path):
-    sae = saes.train(batches(60), d_in=D_IN, layers=[0], seeds=[0], config=CONFIG, progress=False)[0, 0]
+    sae = saes.train(batches(60, [6]), d_in=D_IN, layers=[6], seeds=[0], config=CONFIG, progress=False)[6, 0]
     saes.save(sae, tmp_path / "blocks.6.hook_resid_post")
     found = saes.obtain(str(tmp_path), d_in=D_IN, layers=[6], seeds=[4, 5])
     assert list(found) == [(6, 4)]
@@ -394,3 +394,132 @@ def test_directions_differ_between_blocks_and_even_controls_fire_equally_often()
     expected = round((one.encode(acts[0]) > 0).sum(0).double().mean().item())
     assert all(((sae.encode(acts[0]) > 0).sum(0) == expected).all() for sae in found.values())
     assert saes.random_saes({}, acts) == {}
+
+
+def made(kind="standard", d_in=24, d_sae=96, seed=0, **options):
+    """A random inference SAE of sae-lens; JumpReLU thresholds of either sign, some features dead, some always on."""
+    from sae_lens import SAE
+
+    torch.manual_seed(seed)
+    sae = SAE.from_dict({"architecture": kind, "d_in": d_in, "d_sae": d_sae, **options}).eval().requires_grad_(False)
+    sae.b_enc.data = torch.linspace(-4, 1, d_sae) * sae.W_dec.norm(dim=1).mean()
+    sae.b_enc.data[0], sae.b_enc.data[-1] = -1e6, 1e6
+    sae.b_dec.data = torch.randn(d_in) / 2
+    if kind == "jumprelu":
+        sae.threshold.data = torch.randn(d_sae) / 5
+    return sae
+
+
+def as_often(like, control, acts, within=0):
+    counts = [(sae.encode(acts) > 0).sum(0) for sae in (like, control)]
+    assert (counts[0] - counts[1]).abs().max() <= within, (counts[0] - counts[1]).abs().max()
+    return counts[0]
+
+
+@pytest.mark.parametrize("apply", [True, False])
+@pytest.mark.parametrize("scaling", ["none", "layer_norm", "constant_norm_rescale", "expected_average_only_in"])
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "topk"])
+def test_random_control_is_exact_whatever_the_architecture_and_input_processing(kind, scaling, apply):
+    options = {"k": 9, "rescale_acts_by_decoder_norm": True} if kind == "topk" else {}
+    like = made(kind, apply_b_dec_to_input=apply, normalize_activations=scaling, **options)
+    acts = 3 * torch.randn(1500, 24) * torch.rand(1500, 1) + 4 * torch.randn(24)
+    before = {name: value.clone() for name, value in like.state_dict().items()}
+    control = saes.random_sae(like, acts, seed=3, matched=True)
+    counts = as_often(like, control, acts)
+    assert counts.min() == 0 and counts.max() == 1500 and len(counts.unique()) > 20, "the case says something"
+    assert (control.encode(100 * acts)[:, counts == 0] == 0).all()
+    assert all(torch.equal(value, before[name]) for name, value in like.state_dict().items())
+    assert all(value.isfinite().all() for value in control.state_dict().values()), "it can be saved and loaded"
+    if kind == "jumprelu":
+        assert control.cfg.architecture() == kind and torch.equal(control.threshold, like.threshold)
+        smallest = control.encode(acts).masked_fill(control.encode(acts) == 0, torch.inf).amin(0)
+        assert (smallest >= like.threshold).all()
+    even = saes.random_sae(like, acts, seed=3)
+    expected = round(counts.double().mean().item())
+    assert ((even.encode(acts) > 0).sum(0) == expected).all() and torch.equal(even.W_enc, control.W_enc)
+    for sae in (control, even):  # the decoder's factor is that of least squared error, through the scaling
+        silent = sae.decode(0 * sae.encode(acts))
+        y = sae(acts) - silent
+        assert (y * (acts - silent - y)).sum().abs() < 1e-3 * y.square().sum()
+
+
+def test_random_control_without_subtracted_decoder_bias_is_that_with_it():
+    torch.manual_seed(0)
+    acts, d_sae = torch.randn(4000, 64) + 5 * torch.randn(64), 512
+    pair = [made(d_in=64, d_sae=d_sae, apply_b_dec_to_input=apply) for apply in (True, False)]
+    mean = acts.mean(0)
+    for sae in pair:
+        sae.W_dec.data = torch.nn.functional.normalize(pair[0].W_dec.data, dim=1)
+        sae.W_enc.data, sae.b_dec.data = sae.W_dec.data.T.contiguous(), mean
+        sae.b_enc.data = torch.full((d_sae,), -2.0) - (0 if sae.cfg.apply_b_dec_to_input else mean @ sae.W_enc)
+    as_often(*pair, acts, within=2)
+    controls = [saes.random_sae(sae, acts, matched=True) for sae in pair]
+    for sae, control in zip(pair, controls, strict=True):
+        as_often(sae, control, acts)
+    errors = [(control(acts) - acts).square().sum() / (acts - mean).square().sum() for control in controls]
+    assert errors[0] == pytest.approx(errors[1].item(), abs=0.01) and errors[1] < 1
+
+
+@pytest.mark.parametrize("kind", ["gated", "temporal", "transcoder", "matching_pursuit"])
+def test_no_random_control_of_another_architecture(kind):
+    from sae_lens import SAE
+
+    # sae-lens knows constant_scalar_rescale for temporal SAEs alone
+    options = {"transcoder": {"apply_b_dec_to_input": False}, "temporal": {
+        "normalize_activations": "constant_scalar_rescale", "n_heads": 2, "bottleneck_factor": 4}}  # fmt: skip
+    like = SAE.from_dict({"architecture": kind, "d_in": 8, "d_sae": 16, **options.get(kind, {})})
+    with pytest.raises(InputError, match=f"no random control of an SAE of architecture {kind}"):
+        saes.random_sae(like, torch.randn(50, 8))
+
+
+def test_no_random_control_of_attention_heads():
+    like = made(reshape_activations="hook_z")
+    with pytest.raises(InputError, match="reshape_activations: hook_z"):
+        saes.random_sae(like, torch.randn(50, 4, 6))
+
+
+def test_an_sae_with_a_tensor_that_is_not_finite_is_refused_by_name(tmp_path):
+    for i, (name, value) in enumerate({"W_dec": torch.nan, "b_enc": torch.inf}.items()):
+        sae = made()
+        getattr(sae, name).data.view(-1)[5] = value
+        saes.save(sae, tmp_path / saes.SAE_ID.format(layer=i))
+        with pytest.raises(InputError, match=rf"blocks.{i}.hook_resid_post has NaN or infinite values in {name}: "):
+            saes.obtain(str(tmp_path), d_in=24, layers=[i])
+    with pytest.raises(InputError, match="the SAE trained on layer 0 from seed 0 has NaN or infinite .*W_enc"):
+        saes.train(batches(60), d_in=D_IN, layers=[0], seeds=[0], config=replace(CONFIG, lr=1e38), progress=False)
+
+
+def test_a_training_checkpoint_is_folded_or_refused(tmp_path):
+    folded = made()
+    sae = made(normalize_activations="expected_average_only_in")
+    saes.save(sae, tmp_path)
+    place = tmp_path / "checkpoint"
+    saes.save(sae, place)
+    with pytest.raises(InputError, match="checkpoint is a training checkpoint whose expected_average_only_in is not"):
+        saes.load(place)
+    (place / "activation_scaler.json").write_text('{"scaling_factor": 0.25, "has_whitening": false}')
+    found, x = saes.load(place), torch.randn(100, 24)
+    folded.fold_activation_norm_scaling_factor(0.25)
+    assert torch.equal(found(x), folded(x)) and found.cfg.normalize_activations == "none"
+    assert found.cfg.metadata.trained_norm == pytest.approx(24**0.5 * 4)
+    (place / "activation_scaler.json").write_text('{"scaling_factor": null}')
+    with pytest.raises(InputError, match="not folded in"):
+        saes.load(place)
+
+
+@pytest.mark.parametrize("hook", ["blocks.7.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"])
+def test_an_sae_of_another_hook_is_refused_unless_asked_for(tmp_path, hook):
+    sae = made()
+    sae.cfg.metadata.hook_name = hook
+    saes.save(sae, tmp_path / saes.SAE_ID.format(layer=0))
+    with pytest.raises(InputError, match=f"the SAE for block 0 of .* reads {hook}: any_hook=True"):
+        saes.obtain(str(tmp_path), d_in=24, layers=[0])
+    assert list(saes.obtain(str(tmp_path), d_in=24, layers=[0], any_hook=True)) == [(0, 0)]
+
+
+@pytest.mark.parametrize("hook", [None, "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"])
+def test_an_sae_of_the_blocks_output_by_any_name_is_taken(tmp_path, hook):
+    sae = made()
+    sae.cfg.metadata.hook_name = hook
+    saes.save(sae, tmp_path / saes.SAE_ID.format(layer=0))
+    assert list(saes.obtain(str(tmp_path), d_in=24, layers=[0])) == [(0, 0)]
