@@ -16,6 +16,7 @@ from mmsae_helpers.errors import InputError
 from mmsae_helpers.suite.claims import Claim, definitions
 from mmsae_helpers.suite.observations import Interval, Observations
 from mmsae_helpers.suite.parameters import check, defaults, repo_root
+from mmsae_helpers.workers import products
 
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "scikit-learn", "numpy", "scipy")
 
@@ -99,6 +100,7 @@ def provenance(parameters, started):
         "revision": revision(repo_root()),
         "platform": platform.platform(),
         "device": _device(parameters.get("device", "auto")),
+        "products": products(),
         "seeds": parameters.get("seeds", parameters.get("seed")),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "duration_s": round(time.time() - started, 1),

@@ -23,6 +23,7 @@ from mmsae_helpers.tinyworld.llava import PATCH, _bucketed
 from mmsae_helpers.tinyworld.scenes import IMAGE_SIZE, Scene
 from mmsae_helpers.tinyworld.tokenizer import make_tokenizer
 from mmsae_helpers.tinyworld.training import fit, pad, pixels
+from mmsae_helpers.workers import autocast
 
 MAX_LENGTH = 64
 
@@ -98,7 +99,7 @@ def train_decoder(model: VisionEncoderDecoderModel, scenes, images, *, steps: in
     def loss(step):
         chosen, rows = zip(*next(draw), strict=True)
         ids = pad(rows, tokenizer.pad_token_id)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
                 seen = model.encoder(pixels(images[np.concatenate(chosen)])).last_hidden_state
             seen = model.enc_to_dec_proj(seen)

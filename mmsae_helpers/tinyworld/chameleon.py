@@ -36,6 +36,7 @@ from mmsae_helpers.tinyworld.dataset import arrays
 from mmsae_helpers.tinyworld.llava import GRID, PATCH, _bucketed, image_tokens
 from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, IMAGE_SIZE, sample_scene
 from mmsae_helpers.tinyworld.training import IGNORE, fit, pad, pixels
+from mmsae_helpers.workers import autocast
 
 OBJECT_CODES, GROUND_CODES = 384, 128
 CODES = OBJECT_CODES + GROUND_CODES
@@ -64,7 +65,7 @@ def read_outs(tower: CLIPVisionModel, scenes, images: np.ndarray, cover: np.ndar
 
     Shape and colour are sharpened to near one-hot; each part fades where it is not what the patch is about.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         features = image_tokens(tower, images).float().numpy()
     some = slice(5000)
     covered = Ridge().fit(features[some].reshape(-1, features.shape[-1]), cover[some].ravel())
@@ -111,7 +112,7 @@ def train_tokenizer(tower, scenes, images, masks, *, steps: int, batch: int = 64
         shown = pixels(paint_black(images[i.numpy()], painted)).contiguous()
         painted = torch.from_numpy(painted)
         wanted = torch.where(painted[..., None], black, values[i])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = model.quant_conv(model.encoder(shown))
         latents = latents.float().flatten(2).transpose(1, 2)
         w = weight[i].masked_fill(painted, 1)
@@ -289,7 +290,7 @@ def _train(model, draw, rng, *, steps, batch, lr, name, image_loss):
         if not image_loss:
             labels = labels.masked_fill(torch.isin(labels, picture), IGNORE)
         where = labels != IGNORE
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             # Right padding under a causal mask never reaches a real token, so no attention mask is needed.
             hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
             logits = model.lm_head(hidden[where]).float()

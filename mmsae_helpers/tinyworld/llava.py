@@ -23,6 +23,7 @@ from mmsae_helpers.tinyworld import language
 from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, FINE_NAMES, IMAGE_SIZE, sample_scene
 from mmsae_helpers.tinyworld.tokenizer import make_tokenizer
 from mmsae_helpers.tinyworld.training import IGNORE, fit, pad, pixels
+from mmsae_helpers.workers import autocast
 
 PATCH = 8
 GRID = IMAGE_SIZE // PATCH
@@ -68,7 +69,7 @@ def train_tower(
 
     def loss(step):
         i = torch.randint(len(scenes), (batch,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             tokens = tower(pixels(images[i.numpy()])).last_hidden_state[:, 1:]
         tokens = tokens.float()
         mean = tokens.mean(1)[whole[i]]
@@ -171,7 +172,7 @@ def train_llava(tower, language_model, scenes, images, *, projector_steps: int, 
         for i in chosen:
             kind = "describe" if rng.integers(2) else None
             rows.append(chat_ids(tokenizer, "<image> ", *language.question_answer(scenes[i], rng, kind)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             projected = model.model.multi_modal_projector(features[torch.from_numpy(chosen)])
         return image_text_loss(model, tokenizer, rows, list(projected))
 
@@ -227,7 +228,7 @@ def train_resnet(scenes, images, *, steps: int, batch: int = 128) -> tuple[ResNe
 
     def loss(step):
         i = torch.randint(len(scenes), (batch,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = model(pixels(images[i.numpy()])).logits
         return nn.functional.cross_entropy(logits.float(), truth[i])
 
@@ -256,7 +257,7 @@ def _lm_loss(model, ids, labels, embeds=None):
     """Mean cross-entropy of the labelled tokens; logits are computed only where there is a label."""
     inputs = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
     inner = getattr(model.model, "language_model", model.model)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         # Right padding under a causal mask never reaches a real token, so no attention mask is needed.
         hidden = inner(**inputs, use_cache=False).last_hidden_state[:, :-1]
         where = labels[:, 1:] != IGNORE

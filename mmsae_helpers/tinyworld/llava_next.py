@@ -25,6 +25,7 @@ from mmsae_helpers.tinyworld.llava import (
 )
 from mmsae_helpers.tinyworld.mistral import make_tokenizer
 from mmsae_helpers.tinyworld.scenes import Scene, sample_scene
+from mmsae_helpers.workers import autocast
 
 PINPOINTS = [[64 * rows, 64 * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]  # height, width
 SHAPES = {"square": (64, 64), "wide": (64, 128), "tall": (128, 64), "wider": (64, 192), "taller": (192, 64)}
@@ -127,7 +128,7 @@ def train(model, shown: list[Pictures], *, projector_steps: int, joint_steps: in
     def embed(chosen):
         """Packed embeddings of pictures of any shapes, each [n, d]; one projection for all."""
         flat = torch.cat([kind.features[i] for kind, i in chosen]).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             parts = model.model.multi_modal_projector(flat).split([kind.features.shape[1] for kind, _ in chosen])
         sizes = [kind.size for kind, _ in chosen]
         return model.model.pack_image_features(parts, sizes, "default", model.model.image_newline)[0]
