@@ -150,8 +150,7 @@ def of_texts(
     interleaved = bool(texts) and isinstance(texts[0], data.Interleaved)
     make = data.interleaved_batches if interleaved else data.text_batches
     batches = partial(make, adapter, texts, batch_size, max_tokens=max_tokens)
-    read = lambda image: image.read_bytes() if isinstance(image, Path) else image.tobytes()  # noqa: E731
-    content = [[t.text, *(hashlib.sha256(read(i)).hexdigest() for i in t.images)] for t in texts if interleaved]
+    content = [[t.text, *map(data.image_digest, t.images)] for t in texts if interleaved]
     about = {"texts": fingerprint(content or texts), "max_tokens": max_tokens}
     return _tokens(adapter, batches, about, layers, keep, reading, len(texts), folder)
 

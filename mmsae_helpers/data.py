@@ -10,6 +10,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from threading import get_ident
@@ -19,8 +20,9 @@ import datasets
 import numpy as np
 import pandas as pd
 import PIL.Image
+import PIL.ImageOps
 import torch
-from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 
 from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
@@ -31,6 +33,9 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".ti
 PLACEHOLDER = "<image>"
 _TEXTS = ("caption", "question", "answer")
 _ALIASES = {"image": ("image", "img"), "fine_label": ("fine_label", "label"), "caption": ("caption", "text")}
+_VALIDATION = ("validation", "val", "valid")  # one split
+_PARTS = ("train",) * 8 + ("validation", "test")  # of each ten rows in a row, where there are no splits
+_HIDDEN = (".", "__MACOSX")
 
 
 class ImageData(NamedTuple):
@@ -39,6 +44,12 @@ class ImageData(NamedTuple):
     dataset: Dataset  # columns image, fine_label, and coarse_label, caption, question, answer, ... where there are any
     skipped: list[str]  # images left out because they cannot be decoded
     fingerprint: str  # changes whenever the content does
+    unlabelled: int = 0  # rows left out because they have no label
+    division: str = ""  # how a source without splits was divided, where it was
+
+    def need(self, *columns: str) -> None:
+        """Raises InputError with the columns that the data lacks and those it has."""
+        _need("the data set", self.dataset.column_names, *columns)
 
     @property
     def labels(self) -> np.ndarray:
@@ -101,8 +112,8 @@ class Interleaved(NamedTuple):
     images: list[PIL.Image.Image | Path]  # or the file with it
 
     def opened(self) -> list[PIL.Image.Image]:
-        """The images; of a file no more than its header is read until the pixels are asked for."""
-        return [PIL.Image.open(image) if isinstance(image, Path) else image for image in self.images]
+        """The images, `upright`; of most files no more than the header is read until the pixels are asked for."""
+        return [upright(image) for image in self.images]
 
 
 class Documents(list):
@@ -121,39 +132,109 @@ class Cut(NamedTuple):
     tokens: int
 
 
+class Upright(Image):
+    """An image column whose images are `upright` RGB."""
+
+    def decode_example(self, value, token_per_repo_id=None) -> PIL.Image.Image:
+        return upright(super().decode_example(value, token_per_repo_id)).convert("RGB")
+
+
+def upright(image: PIL.Image.Image | bytes | str | Path) -> PIL.Image.Image:
+    """An image, or that of a file or its bytes, the way it is seen: turned as its EXIF says, 8 bits a channel.
+
+    Every reader opens images here. Integers of 16 bits are divided by 257, floats from 0 to 1 multiplied by 255 and
+    those to 255 rounded; raises ValueError for other values. Pixels are read only where they change (and for the EXIF
+    of a PNG); the mode is one that Pillow converts to RGB as it is.
+    """
+    if not isinstance(image, PIL.Image.Image):
+        image = PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+    if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
+        image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image, dtype=np.float64)
+        low, high = pixels.min(), pixels.max()
+        top = 65535 if image.mode != "F" else 1 if high <= 1 else 255
+        if not 0 <= low <= high <= top:
+            raise ValueError(f"mode {image.mode} with values from {low:g} to {high:g}, not 0 to {top}")
+        image = PIL.Image.fromarray((pixels * (255 / top)).round().astype(np.uint8))
+    return image
+
+
+def image_digest(image: PIL.Image.Image | Path) -> str:
+    """SHA-256 of an image of a document: of its pixels, or of the file that it is in."""
+    content = (
+        image.read_bytes() if isinstance(image, Path) else f"{image.mode} {image.size} ".encode() + image.tobytes()
+    )
+    return hashlib.sha256(b"upright " + content).hexdigest()
+
+
 def _words(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
-def load(name: str, split="test", per_class: int | None = None, *, seed=0, on_bad_image="stop") -> ImageData:
+def _need(name: str, available: Iterable[str], *columns: str) -> None:
+    if missing := [column for column in columns if column not in available]:
+        raise InputError(f"{name} has no column {' and '.join(missing)}: it has {', '.join(available)}")
+
+
+def _why(error: Exception) -> str:
+    """One short line, without the name of the file, which may be an image in base64."""
+    return (getattr(error, "strerror", None) or first_line(error))[:200]
+
+
+def load(
+    name: str,
+    split: str | None = None,
+    per_class: int | None = None,
+    *,
+    seed=0,
+    on_bad_image="stop",
+    on_bad_label="stop",
+) -> ImageData:
     """Load labelled images.
 
     ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall), a folder with one subfolder of
-    images a class (or with ``split`` between), a ``.parquet`` or ``.arrow`` file, or a hub id. ``per_class`` keeps that
+    images a class (or with splits between), a ``.parquet`` or ``.arrow`` file, or a hub id. ``split`` is ``test`` if
+    None. A file, or a folder without splits, is read whole then, and else divided into train, validation and test: of
+    each ten rows in a row eight, one and one, drawn with a fixed seed, told in ``division``. ``per_class`` keeps that
     many images of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they
     are there. An image that cannot be decoded stops with its name, or with ``on_bad_image="skip"`` is left out and
-    listed in ``skipped``. Raises InputError for what is missing or unreadable.
+    listed in ``skipped``; likewise ``on_bad_label`` and ``unlabelled`` for a label that is None, NaN, empty or
+    negative. Raises InputError for what is missing or unreadable, and where nothing is left.
     """
-    if on_bad_image not in ("stop", "skip"):
-        raise InputError(f"on_bad_image is {on_bad_image!r}: it must be stop or skip")
-    if sizes := _embedded_sizes(name, split):
+    for key, value in (("on_bad_image", on_bad_image), ("on_bad_label", on_bad_label)):
+        if value not in ("stop", "skip"):
+            raise InputError(f"{key} is {value!r}: it must be stop or skip")
+    if world := _embedded(name, split or "test"):
         from mmsae_helpers.tinyworld.dataset import SPLITS, make_dataset
 
+        split, sizes = world
         count = per_class or SPLITS[split]
         return ImageData(make_dataset(split, count, seed, sizes), [], f"{name}/{split}/{count}/{seed}/1")
-    dataset = _open(name, split, streaming=per_class is not None)
-    if isinstance(dataset, IterableDataset):
-        dataset = _drawn(dataset, per_class, seed) or _open(name, split)
-    dataset = _normalised(dataset, name)
-    if per_class is not None:
-        dataset = dataset.select(_per_class(np.asarray(dataset["fine_label"]), per_class, seed))
-    dataset, skipped, digest = _decodable(dataset, name, on_bad_image)
-    return ImageData(dataset, skipped, digest)
+    rows, part = _open(name, split, streaming=per_class is not None)
+    division = part and f"{part} of 8 in ten rows for train, 1 for validation, 1 for test, drawn with a fixed seed"
+    if isinstance(rows, IterableDataset):
+        few = _drawn(rows, per_class, seed, on_bad_label)
+        rows, part = _open(name, split) if few is None else (few, None)
+    dataset, labels = _normalised(rows, name)
+    own = np.array([i for i in range(len(dataset)) if part is None or _part(i) == part], int)
+    good = own[labels[own] >= 0]
+    unlabelled = len(own) - len(good)
+    if unlabelled and on_bad_label == "stop":
+        what = f"{unlabelled} of {len(own)} rows read of {name} have no label (None, NaN, empty or negative)"
+        raise InputError(f"{what}: label them, or set on_bad_label: skip")
+    if per_class is not None and len(good):
+        good = good[_per_class(labels[good], per_class, seed)]
+    dataset, skipped, digest = _decodable(dataset.select(good), good, name, on_bad_image)
+    if not len(dataset):
+        why = f"{len(skipped)} images cannot be decoded, {unlabelled} rows have no label"
+        raise InputError(f"no image of {name} is left{part and f' for {part}' or ''} ({why}): give more, or mend them")
+    return ImageData(dataset, skipped, digest, unlabelled, division or "")
 
 
 def documents(name: str, count: int, seed: int = 0) -> list[str]:
-    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file (one a line), a ``.parquet`` file or a hub id with
-    a ``text`` column. Raises InputError where there are fewer or none."""
+    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file in UTF-8 (one a line), a ``.parquet`` file or a hub
+    id with a ``text`` column. Raises InputError where there are fewer or none."""
     if name == EMBEDDED:
         from mmsae_helpers.tinyworld.language import documents as make
 
@@ -162,11 +243,13 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
     if path.suffix == ".txt":
         if not path.is_file():
             raise InputError(f"text file {path} does not exist")
-        texts = [line for line in path.read_text().splitlines() if line.strip()]
+        try:
+            texts = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"text file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     else:
-        rows = _open(name, "train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
-        if "text" not in (rows.column_names or ["text"]):
-            raise InputError(f"{name} has no column text: it has {', '.join(rows.column_names)}")
+        rows = _open(name, None, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
+        _need(name, rows.column_names or ["text"], "text")
         texts = [row["text"] for row in rows.take(count)]
     if len(texts) < count:
         few = f"{name} has {len(texts)} documents but {count} are needed"
@@ -174,9 +257,9 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
 
 
-def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> Documents:
+def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) -> Documents:
     """``count`` documents of text and images: ``tinyworld``, ``tinyworld-aspects``, or a hub id or ``.parquet`` file
-    laid out as OBELICS.
+    laid out as OBELICS. ``split`` is ``train`` if None; a file is read whole then and else divided as in `load`.
 
     There, columns ``texts`` and ``images`` have equally long rows with None in one where the other has an item; an
     image is a URL, a path or the file itself. Documents with an image that cannot be had, or with none at all, are left
@@ -184,13 +267,12 @@ def interleaved(name: str, count: int, seed: int = 0, split: str = "train") -> D
     (``HF_DATASETS_CACHE``), with a ``.gone`` file for each URL without one, so that another run has the same documents
     whatever became of the links; delete these to ask again. Raises InputError where there are fewer than ``count``.
     """
-    if sizes := _embedded_sizes(name, split):
+    if world := _embedded(name, split or "train"):
         from mmsae_helpers.tinyworld.dataset import interleaved as make
 
-        return Documents(Interleaved(*document) for document in make(count, seed, split, sizes))
-    rows = _open(name, split, streaming=True).shuffle(seed=seed, buffer_size=10_000)
-    if missing := {"texts", "images"} - set(rows.column_names or ["texts", "images"]):
-        raise InputError(f"{name} has no column {' and '.join(sorted(missing))}: it has {', '.join(rows.column_names)}")
+        return Documents(Interleaved(*document) for document in make(count, seed, *world))
+    rows = _open(name, split, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
+    _need(name, rows.column_names or ["images", "texts"], "images", "texts")
     found, numbered = Documents(), enumerate(rows.decode(False))
     with ThreadPoolExecutor(32) as pool:
         while chunk := list(islice(numbered, min(256, count - len(found)))):
@@ -262,14 +344,14 @@ def _kept(sources: list) -> list[Path] | str:
     except InputError:  # the disk is full
         raise
     except Exception as error:  # the network, the file system and Pillow raise dozens of kinds
-        return first_line(error)
+        return _why(error)
 
 
 def _file(source: str | bytes) -> Path:
     """The file with the image at a path, or else the one that an image in bytes or at a URL is kept in."""
     is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
     if isinstance(source, str) and not is_url:
-        PIL.Image.open(source).convert("RGB")
+        upright(source).convert("RGB")
         return Path(source)
     name = hashlib.sha256(source.encode() if is_url else source).hexdigest()
     file = Path(datasets.config.HF_DATASETS_CACHE) / "mmsae_images" / name
@@ -279,9 +361,9 @@ def _file(source: str | bytes) -> Path:
     if not file.exists():
         try:
             content = _fetched(source) if is_url else source
-            PIL.Image.open(io.BytesIO(content)).convert("RGB")
+            upright(content).convert("RGB")
         except Exception as error:
-            write(gone, first_line(error).encode())
+            write(gone, _why(error).encode())
             raise
         write(file, content)
     return file
@@ -347,80 +429,149 @@ def text_batches(adapter, texts: list[str], batch_size: int, *, start=0, stop=No
         yield Inputs(torch.tensor(rows), {k: v[:, :limit] for k, v in inputs.items()})
 
 
-def _embedded_sizes(name: str, split: str) -> tuple | None:
-    """The picture sizes of an embedded data set, None for another name; raises InputError for a split it lacks."""
+def _embedded(name: str, split: str) -> tuple[str, tuple] | None:
+    """Split and picture sizes of an embedded data set, None for another name; InputError for a split it lacks."""
     if name not in (EMBEDDED, EMBEDDED_ASPECTS):
         return None
     from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE
 
-    if split not in SPLITS:
-        raise InputError(f"the embedded world has no split {split!r}: there are {', '.join(SPLITS)}")
-    return ASPECTS if name == EMBEDDED_ASPECTS else (SQUARE,)
+    found = _first(split, SPLITS, "the embedded world")
+    return found, ASPECTS if name == EMBEDDED_ASPECTS else (SQUARE,)
 
 
-def _open(name: str, split: str, streaming: bool = False):
+def _alike(split: str) -> tuple[str, ...]:
+    return _VALIDATION if split in _VALIDATION else (split,)
+
+
+def _first(split: str, available: Iterable[str], where) -> str:
+    """What a split is called there; raises InputError where there is none of it."""
+    if found := [one for one in _alike(split) if one in available]:
+        return found[0]
+    raise InputError(f"{where} has no split {split!r}: there are {', '.join(available)}")
+
+
+@lru_cache(2)
+def _ten(block: int) -> np.ndarray:
+    return np.random.default_rng([0, block]).permutation(_PARTS)
+
+
+def _part(row: int) -> str:
+    """The part that a row of a source without splits is in, whatever else there is."""
+    return _ten(row // 10)[row % 10]
+
+
+def _open(name: str, split: str | None, streaming: bool = False, otherwise: str = "test"):
+    """Rows, and the part of them asked for where the source has no splits (rows that are streamed are that part)."""
     path = Path(name).expanduser()
+    _utf8(path)
     if path.suffix in (".parquet", ".arrow"):
         if not path.is_file():
             raise InputError(f"data file {path} does not exist")
-        return _loaded(name, path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
-    if path.is_dir():
-        return _folder(path / split if (path / split).is_dir() else path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        rows = _loaded(name, path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
+    elif path.is_dir():
+        splits = {p.name: p for p in _folders(path) if p.name in (*_PARTS, *_VALIDATION, split) and _folders(p)}
+        if splits:
+            return _folder(splits[_first(split or otherwise, splits, path)]), None
+        rows = _folder(path)
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         known = "tinyworld, a folder, a .parquet or .arrow file, or a hub id"
         raise InputError(f"data set {name} does not exist: give {known}")
-    return _loaded(name, name, split=split, streaming=streaming)
+    else:
+        return _loaded(name, name, split=split or otherwise, streaming=streaming), None
+    part = split and _first(split, dict.fromkeys(_PARTS), f"{path}, divided because it has no splits,")
+    if part and isinstance(rows, IterableDataset):
+        rows = rows.decode(False).filter(lambda row: _part(row) == part, with_indices=True, input_columns=[])
+    return rows, part
 
 
-def _drawn(rows: IterableDataset, per_class: int, seed: int) -> Dataset | None:
-    """``per_class`` rows of each class, or all there are, shuffled in a buffer; None where classes have no names."""
+def _drawn(rows: IterableDataset, per_class: int, seed: int, on_bad_label: str) -> Dataset | None:
+    """``per_class`` rows of each class, or all there are, shuffled in a buffer; None where classes have no names.
+
+    Beside them an empty row for each without a label, the first of which is the last if that stops."""
     known = rows.features or {}
     label = next((a for a in _ALIASES["fine_label"] if isinstance(known.get(a), ClassLabel)), None)
     if label is None:
         return None
-    found, counts, wanted = [], Counter(), per_class * known[label].num_classes
+    found, counts, missing = [], Counter(), per_class * known[label].num_classes
     for row in rows.decode(False).shuffle(seed=seed, buffer_size=1_000):
-        if counts[row[label]] < per_class:
+        if row[label] is None or row[label] < 0:
+            found.append(dict.fromkeys(row))
+            missing *= on_bad_label == "skip"
+        elif counts[row[label]] < per_class:
             counts[row[label]] += 1
             found.append(row)
-            if len(found) == wanted:
-                break
+            missing -= 1
+        if not missing:
+            break
     return Dataset.from_list(found, features=known)
 
 
-def _loaded(name: str, *args, **options):
+def _loaded(name: str, *args, split: str, **options):
+    errors = []
+    for one in _alike(split):
+        try:
+            return load_dataset(*args, split=one, **options)
+        except Exception as error:  # the hub, pyarrow and datasets each raise their own
+            errors.append(error)
+            if "split" not in str(error):
+                break
+    raise InputError(f"cannot load data set {name}: {first_line(errors[0])}") from errors[0]
+
+
+def _utf8(path: Path) -> None:
     try:
-        return load_dataset(*args, **options)
-    except Exception as error:  # the hub, pyarrow and datasets each raise their own
-        raise InputError(f"cannot load data set {name}: {first_line(error)}") from error
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name of {os.fsencode(path)!r} is not UTF-8: rename it") from error
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(_HIDDEN))
 
 
 def _folder(root: Path) -> Dataset:
-    classes = sorted(folder for folder in root.iterdir() if folder.is_dir())
+    classes = _folders(root)
     if not classes:
         raise InputError(f"{root} has no class folders: put the images of each class in a folder of its own")
     paths, labels = [], []
-    for label, folder in enumerate(classes):
+    for folder in classes:
         images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        images = [p for p in images if not any(part.startswith(_HIDDEN) for part in p.relative_to(root).parts)]
         if not images:
             raise InputError(f"class folder {folder} has no images: add some or remove the folder")
+        for path in images:
+            _utf8(path)
         paths += map(str, images)
-        labels += [label] * len(images)
-    dataset = Dataset.from_dict({"image": paths, "fine_label": labels})
-    return dataset.cast_column("fine_label", ClassLabel(names=[folder.name for folder in classes]))
+        labels += [folder.name] * len(images)
+    return Dataset.from_dict({"image": paths, "fine_label": labels})
 
 
-def _normalised(dataset: Dataset, name: str) -> Dataset:
+def _normalised(dataset: Dataset, name: str) -> tuple[Dataset, np.ndarray]:
+    """The columns by our names, and labels, int [N], -1 for none."""
     for wanted, aliases in _ALIASES.items():
         found = next((a for a in aliases if a in dataset.column_names), None)
         if found is None and wanted != "caption":
-            raise InputError(f"{name} has no column {' or '.join(aliases)}: it has {', '.join(dataset.column_names)}")
+            _need(name, dataset.column_names, " or ".join(aliases))
         if found not in (None, wanted):
             dataset = dataset.rename_column(found, wanted)
-    if not isinstance(dataset.features["fine_label"], ClassLabel):
-        dataset = dataset.class_encode_column("fine_label")
+    kind, values = dataset.features["fine_label"], dataset["fine_label"][:]
+    if isinstance(kind, ClassLabel):
+        known = range(kind.num_classes)
+    elif isinstance(kind, Value):
+        known = {v for v in values if pd.notna(v) and str(v).strip() and (isinstance(v, str) or v >= 0)}
+        try:
+            known = sorted(known, key=lambda v: (float(v), str(v)))
+        except ValueError:  # words
+            known = sorted(known)
+    else:
+        raise InputError(f"column fine_label or label of {name} has no label a row but {kind}: give one")
+    labels = pd.Index(known).get_indexer(values)
+    if not isinstance(kind, ClassLabel):
+        names = [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in known]
+        dataset = dataset.remove_columns("fine_label")
+        dataset = dataset.add_column("fine_label", labels, feature=ClassLabel(names=names))
     try:
-        return dataset.cast_column("image", Image())
+        return dataset.cast_column("image", Upright()), labels
     except Exception as error:  # whatever converting the column's kind leads to
         what = f"column image of {name} has no image a row but {dataset.features['image']}"
         raise InputError(f"{what}: give one image, its path or its bytes") from error
@@ -438,21 +589,22 @@ def _per_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def _decodable(dataset: Dataset, name: str, on_bad_image: str) -> tuple[Dataset, list[str], str]:
+def _decodable(dataset: Dataset, rows, name: str, on_bad_image: str) -> tuple[Dataset, list[str], str]:
     """Decode every image once, so that a bad one is found before a long pass; returns what is left and its digest."""
-    good, skipped, digest = [], [], hashlib.sha256()
+    good, skipped, digest = [], [], hashlib.sha256(b"upright")
     for i, raw in enumerate(dataset.cast_column("image", Image(decode=False))["image"]):
-        where = (raw or {}).get("path") or f"row {i}"
+        where = (raw or {}).get("path") or ""
+        where = where if 0 < len(where) < 256 else f"row {rows[i]}"
         try:
             if raw is None:
                 raise ValueError("there is none")
             content = raw["bytes"] if raw["bytes"] is not None else Path(raw["path"]).read_bytes()
-            PIL.Image.open(io.BytesIO(content)).convert("RGB")
+            upright(content).convert("RGB")
         except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
             if on_bad_image == "stop":
-                what = f"image {where} of {name} cannot be decoded ({error})"
+                what = f"image {where} of {name} cannot be decoded ({_why(error)})"
                 raise InputError(f"{what}: mend it, or set on_bad_image: skip") from error
-            skipped.append(str(where))
+            skipped.append(where)
             continue
         good.append(i)
         digest.update(hashlib.sha256(content).digest())
