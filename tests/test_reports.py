@@ -9,11 +9,13 @@ from playwright.sync_api import expect
 from mmsae_helpers.suite import reports, runner
 
 CELLS = [
-    "# Is there *any* <script>window.hacked = 1</script> signal?\n\nInline $\\omega_k = \\frac{1}{K}$ and\n\n"
+    "# Is there *any* <script>window.hacked = 1</script> signal?\n\n**Question.** Is there?\n\n"
+    "Inline $\\omega_k = \\frac{1}{K}$ and\n\n"
     "$$\\sum_i \\lVert x_i \\rVert^2$$\n\n## First part",
     "import matplotlib.pyplot as plt\nimport pandas as pd\nimport plotly.graph_objects as go\n"
     "from IPython.display import HTML, Javascript, Latex, Markdown, display\n\n"
-    "from mmsae_helpers import figures\n\nfigures.style()",
+    "from mmsae_helpers.suite import figures\n"
+    "from mmsae_helpers.suite.observations import Observations\n\nfigures.style()",
     "fig, ax = plt.subplots()\nax.plot([1, 2])\n"
     "figures.caption(fig, 'Class <script>window.hacked = 2</script> rises.')",
     "fig = go.Figure(go.Bar(x=['<script>bar</script>'], y=[1]))\nfig.update_layout(title='a < b')\n"
@@ -24,7 +26,11 @@ CELLS = [
     "display(HTML('<script>window.hacked = 6</script><img src=\"https://example.com/a.png\">'))\n"
     "display(Javascript('window.hacked = 7'))\ndisplay(Latex('$$y^2$$'))\n"
     "print('<script>window.hacked = 8</script>')",
-    "run.claim('A1', 'replicated', 1.0, (0.5, 1.5), 3)",
+    "import sys\n\nprint('bar:  50%|█████     | 5/10 [00:01<00:01]', file=sys.stderr)\n"
+    "pd.DataFrame({'x': [1 / 3, float('nan')]})",
+    "fig, ax = plt.subplots()\nax.plot([2, 1])\nfigures.caption(fig, 'It carries the story.', lead=True)",
+    "effect = Observations({(s,): 0.2 + s / 100 for s in range(3)}, 'seed')\n"
+    "run.claim('A1').primary(effect, control=effect * 3)",
 ]
 
 
@@ -58,6 +64,23 @@ def test_report_states_what_it_came_from(pages):
     assert page.select_one(".jp-RenderedImage img")["alt"] == "Figure. Class <script>window.hacked = 2</script> rises."
     single = BeautifulSoup((pages / "01_signal.single.html").read_text(), "html.parser")
     assert single.select_one("a[download]")["href"].startswith("data:application/x-ipynb+json;base64,")
+
+
+def test_the_head_answers_before_it_explains(chromium, pages):
+    """Question, the claim's sentence with both verdicts, and the figure that carries it stand above the fold."""
+    page, _, _ = visit(chromium, pages / "01_signal.html", viewport={"width": 1280, "height": 800})
+    head = page.locator("#head")
+    said = head.inner_text()
+    order = ["signal?", "Question. Is there?", "A1 · Retrieved features", "as stated ✓ replicated"]
+    order += ["beyond control ✗ contradicted", "shared by more of its images", "It carries the story."]
+    assert [said.index(text) for text in order] == sorted(said.index(text) for text in order)
+    box = head.locator("figure img").bounding_box()
+    assert box["y"] + box["height"] < 800 and head.locator(".claim").bounding_box()["y"] < 300
+    assert page.locator("main h1").count() == 0 and page.locator("h1").count() == 1
+    assert not page.locator("details.facts").evaluate("d => d.open"), "parameters are folded"
+    shown = page.locator("main").inner_text()
+    assert "50%|" not in shown and "NaN" not in shown and "0.333" in shown and "0.3333" not in shown
+    page.context.close()
 
 
 def test_pages_name_no_foreign_address_to_load(pages):
@@ -159,7 +182,7 @@ def test_index_shows_each_notebook(chromium, pages):
     cards = page.locator("article")
     assert cards.count() == 3
     first, second = cards.nth(0).inner_text(), cards.nth(1).inner_text()
-    assert "✓ done" in first and "A1 ✓ replicated" in first and cards.nth(0).locator("img").count() == 1
+    assert "✓ done" in first and "A1 Retrieved features" in first and cards.nth(0).locator("img").count() == 1
     assert "✗ failed" in second and "Traceback" in second and "<script>window.hacked = 9</script>" in second
     page.click("article h2 a >> nth=0")
     page.wait_for_url("**/01_signal.html")

@@ -29,6 +29,7 @@ def style():
     from cycler import cycler
 
     pd.set_option("display.max_colwidth", None)
+    pd.set_option("display.float_format", "{:.3g}".format)
 
     matplotlib.rcParams.update(
         {
@@ -98,7 +99,9 @@ def caption(fig, sentence, lead=False):
         import matplotlib.pyplot as plt
 
         plt.close(fig)
-    display(Markdown(f"*Figure.* {html.escape(sentence, quote=False)}", metadata={"mmsae": "lead" if lead else "caption"}))
+    display(
+        Markdown(f"*Figure.* {html.escape(sentence, quote=False)}", metadata={"mmsae": "lead" if lead else "caption"})
+    )
 
 
 def forest(said, about):

@@ -35,6 +35,7 @@ ATTRIBUTES = {
     "th": ["colspan", "rowspan", "scope"],
     "details": ["open"],
 }
+PROGRESS = re.compile(r"\d+%\||\d+it \[|\r")
 DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
 
 
@@ -99,20 +100,24 @@ class _Exporter(HTMLExporter):
 
 
 def _prepare(notebook):
-    """Replace what the notebook displays by what may stand in a page."""
+    """Replace what the notebook displays by what may stand in a page; bars of progress go."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = markdown(cell.source, cell.get("attachments"))
-        for output in cell.get("outputs", []):
+        cell.outputs = [o for o in cell.get("outputs", []) if not PROGRESS.search(o.get("text", ""))]
+        for output in cell.outputs:
             data = output.get("data", {})
             page = None
             if PLOTLY in data:
                 page = plotly_figure(data[PLOTLY])
             elif "text/html" in data:
-                page = f'<div class="scroll">{clean(data["text/html"])}</div>'
+                page = re.sub(
+                    r"(<td[^>]*>)\s*(?:nan|None|NaT)\s*(?=</td>)", r"\1", clean(data["text/html"]), flags=re.I
+                )
+                page = f'<div class="scroll">{page}</div>'
             elif "text/markdown" in data:
                 page = markdown(data["text/markdown"])
-                if output.metadata.get("text/markdown", {}).get("mmsae") == "caption":
+                if _mark(output):
                     page = f'<div class="figcaption">{page}</div>'
             elif "text/latex" in data:
                 page = to_mathml(data["text/latex"].strip("$ \n"), block=True)
@@ -120,6 +125,43 @@ def _prepare(notebook):
                 data.pop(mime, None)
             if page is not None:
                 output.data = nbformat.from_dict({"text/html": page})
+
+
+def _mark(output):
+    """What `figures.caption` says of a sentence: "caption", or "lead"; None for anything else."""
+    return output.get("metadata", {}).get("text/markdown", {}).get("mmsae")
+
+
+def _lead(notebook):
+    """The outputs with the figure that carries the notebook and its caption, else with its first; none: empty."""
+    pairs = [
+        (outputs[i - 1], outputs[i])
+        for outputs in (cell.get("outputs", []) for cell in notebook.cells)
+        for i in range(1, len(outputs))
+        if _mark(outputs[i])
+    ]
+    return next((pair for pair in pairs if _mark(pair[1]) == "lead"), pairs[0] if pairs else ())
+
+
+def _lead_figure(notebook):
+    """`_lead` as markup."""
+    figure, words = (output["data"] for output in _lead(notebook))
+    caption = f'<div class="figcaption">{markdown(words["text/markdown"])}</div>'
+    if PLOTLY in figure:
+        return plotly_figure(figure[PLOTLY]) + caption
+    alt = html.escape(words["text/markdown"].replace("*", ""), quote=True)
+    return f'<img src="{_png(figure)}" alt="{alt}">{caption}'
+
+
+def _png(data):
+    return "data:image/png;base64," + data["image/png"].replace("\n", "") if "image/png" in data else ""
+
+
+def _claims(result):
+    """What a run says about claims, each with what the claim says."""
+    from mmsae_helpers.suite.claims import definitions
+
+    return [claim | {"says": definitions()[claim["id"]].says} for claim in result.get("claims", [])]
 
 
 def render(executed, page, status, result, single=False):
@@ -133,13 +175,15 @@ def render(executed, page, status, result, single=False):
     notebook = nbformat.read(executed, as_version=4)
     has_plotly = any(PLOTLY in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
     title = _title(notebook, executed.stem)
+    lead = _lead_figure(notebook) if _lead(notebook) else ""
     _prepare(notebook)
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
     facts = {
         "title": title,
         "parameters": {k: json.dumps(v, ensure_ascii=False) for k, v in (result.get("parameters") or given).items()},
         "provenance": result.get("provenance", {}),
-        "claims": result.get("claims", []),
+        "claims": _claims(result),
+        "lead": lead,
         "status": status,
         "minutes": _duration(status["duration_s"]),
         "index": "index.html",
@@ -154,6 +198,9 @@ def render(executed, page, status, result, single=False):
         facts |= {"index": "", "executed": f"data:application/x-ipynb+json;base64,{content}"}
     body, _ = _Exporter().from_notebook_node(notebook, resources={"report": facts})
     soup = BeautifulSoup(body, "html.parser")
+    question = [p for p in soup.select("main section p") if p.get_text().startswith("Question.")]
+    for part in [*soup.select("main h1")[:1], *question[:1]][::-1]:
+        soup.find(id="head").insert(0, part.extract())
     contents = soup.find("nav", id="contents")
     for i, heading in enumerate(soup.select("main h2, main h3")):
         heading["id"] = f"section-{i}"
@@ -190,7 +237,7 @@ def render_index(plan, names, page):
     """
     from jinja2 import Environment, FileSystemLoader
 
-    from . import results
+    from mmsae_helpers.suite import results
 
     cards, total = [], 0
     for name in names:
@@ -202,15 +249,15 @@ def render_index(plan, names, page):
             "title": _title(shown, name),
             "page": f"{name}.html" if executed.is_file() else "",
             "browser": f"{name}_browser/index.html" if plan.browser(name).is_file() else "",
-            "thumbnail": _thumbnail(shown),
+            "thumbnail": _png(_lead(shown)[0]["data"]) if _lead(shown) else "",
             "status": "not run",
             "minutes": _duration(status.get("duration_s", 0)),
-            "claims": result.get("claims", []),
+            "claims": _claims(result),
         }
         cards.append(card | status)
     template = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True).get_template("overview.html.j2")
     facts = {"profile": plan.profile, "total": _duration(total), "revision": results.revision(plan.root)}
-    page.write_text(template.render(cards=cards, claims=results.CLAIMS, **facts, **_assets()), encoding="utf-8")
+    page.write_text(template.render(cards=cards, **facts, **_assets()), encoding="utf-8")
 
 
 def _title(notebook, fallback):
@@ -218,15 +265,6 @@ def _title(notebook, fallback):
         if cell.cell_type == "markdown" and (found := re.search(r"^#\s+(.+)$", cell.source, re.M)):
             return re.sub(r"[*`$]", "", found[1]).strip()
     return fallback
-
-
-def _thumbnail(notebook):
-    """First picture among the outputs as a data URI, empty if there is none."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if png := output.get("data", {}).get("image/png"):
-                return "data:image/png;base64," + png.replace("\n", "")
-    return ""
 
 
 def _duration(seconds):

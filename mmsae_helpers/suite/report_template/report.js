@@ -35,8 +35,6 @@
     try { localStorage.setItem("mmsae-theme", root.dataset.theme); } catch (e) { /* a page from disk may not store */ }
     figures.forEach(themed);
   });
-  var facts = document.querySelector(".facts");
-  if (facts && innerWidth < 640) facts.open = false;
   var code = document.getElementById("code");
   if (code) code.addEventListener("click", function () {
     var blocks = document.querySelectorAll("details.code"), open = !blocks[0] || !blocks[0].open;
