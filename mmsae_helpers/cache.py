@@ -147,11 +147,9 @@ def of_texts(
 ) -> Tokens:
     """Tokens of documents, text-only or `data.Interleaved`; ``folder`` None does not store them."""
     texts = list(texts)
-    interleaved = bool(texts) and isinstance(texts[0], data.Interleaved)
-    make = data.interleaved_batches if interleaved else data.text_batches
-    batches = partial(make, adapter, texts, batch_size, max_tokens=max_tokens)
-    content = [[t.text, *map(data.image_digest, t.images)] for t in texts if interleaved]
-    about = {"texts": fingerprint(content or texts), "max_tokens": max_tokens}
+    batches = partial(data.interleaved_batches, adapter, texts, batch_size, max_tokens=max_tokens)
+    content = [t if isinstance(t, str) else [t.text, *map(data.image_digest, t.images)] for t in texts]
+    about = {"texts": fingerprint(content), "max_tokens": max_tokens}
     return _tokens(adapter, batches, about, layers, keep, reading, len(texts), folder)
 
 

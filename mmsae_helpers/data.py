@@ -7,7 +7,7 @@ import os
 import re
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,7 +22,7 @@ import pandas as pd
 import PIL.Image
 import PIL.ImageOps
 import torch
-from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
 
 from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
@@ -34,7 +34,6 @@ PLACEHOLDER = "<image>"
 _TEXTS = ("caption", "question", "answer")
 _ALIASES = {"image": ("image", "img"), "fine_label": ("fine_label", "label"), "caption": ("caption", "text")}
 _VALIDATION = ("validation", "val", "valid")  # one split
-_PARTS = ("train",) * 8 + ("validation", "test")  # of each ten rows in a row, where there are no splits
 _HIDDEN = (".", "__MACOSX")
 
 
@@ -45,7 +44,7 @@ class ImageData(NamedTuple):
     skipped: list[str]  # images left out because they cannot be decoded
     fingerprint: str  # changes whenever the content does
     unlabelled: int = 0  # rows left out because they have no label
-    division: str = ""  # how a source without splits was divided, where it was
+    part: str = ""  # which part of a source without splits, if it was divided
 
     def need(self, *columns: str) -> None:
         """Raises InputError with the columns that the data lacks and those it has."""
@@ -124,12 +123,7 @@ class Documents(list):
         self.skipped: list[str] = list(skipped)
 
 
-class Cut(NamedTuple):
-    """What a context leaves out of documents."""
-
-    documents: int  # that are longer
-    images: int
-    tokens: int
+Cut = namedtuple("Cut", "documents images tokens")  # documents longer than a context, and what it leaves out of them
 
 
 class Upright(Image):
@@ -140,17 +134,16 @@ class Upright(Image):
 
 
 def upright(image: PIL.Image.Image | bytes | str | Path) -> PIL.Image.Image:
-    """An image, or that of a file or its bytes, the way it is seen: turned as its EXIF says, 8 bits a channel.
+    """An image, or that of a file or its bytes, as it is seen: turned as its EXIF says, with 8 bits a channel.
 
-    Every reader opens images here. Integers of 16 bits are divided by 257, floats from 0 to 1 multiplied by 255 and
-    those to 255 rounded; raises ValueError for other values. Pixels are read only where they change (and for the EXIF
-    of a PNG); the mode is one that Pillow converts to RGB as it is.
+    Every reader opens images here. 16-bit values are divided by 257, floats from 0 to 1 multiplied by 255, floats to
+    255 rounded; raises ValueError for others. Pixels are read only where they change (and for the EXIF of a PNG).
     """
     if not isinstance(image, PIL.Image.Image):
         image = PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
         image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
+    if image.mode[0] in "IF":
         pixels = np.asarray(image, dtype=np.float64)
         low, high = pixels.min(), pixels.max()
         top = 65535 if image.mode != "F" else 1 if high <= 1 else 255
@@ -162,10 +155,8 @@ def upright(image: PIL.Image.Image | bytes | str | Path) -> PIL.Image.Image:
 
 def image_digest(image: PIL.Image.Image | Path) -> str:
     """SHA-256 of an image of a document: of its pixels, or of the file that it is in."""
-    content = (
-        image.read_bytes() if isinstance(image, Path) else f"{image.mode} {image.size} ".encode() + image.tobytes()
-    )
-    return hashlib.sha256(b"upright " + content).hexdigest()
+    content = [str((image.mode, image.size)).encode(), image.tobytes()] if not isinstance(image, Path) else []
+    return hashlib.sha256(b"".join(content) or image.read_bytes()).hexdigest()
 
 
 def _words(text: str) -> str:
@@ -182,25 +173,17 @@ def _why(error: Exception) -> str:
     return (getattr(error, "strerror", None) or first_line(error))[:200]
 
 
-def load(
-    name: str,
-    split: str | None = None,
-    per_class: int | None = None,
-    *,
-    seed=0,
-    on_bad_image="stop",
-    on_bad_label="stop",
-) -> ImageData:
+def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", on_bad_label="stop") -> ImageData:
     """Load labelled images.
 
     ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall), a folder with one subfolder of
-    images a class (or with splits between), a ``.parquet`` or ``.arrow`` file, or a hub id. ``split`` is ``test`` if
-    None. A file, or a folder without splits, is read whole then, and else divided into train, validation and test: of
-    each ten rows in a row eight, one and one, drawn with a fixed seed, told in ``division``. ``per_class`` keeps that
-    many images of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they
-    are there. An image that cannot be decoded stops with its name, or with ``on_bad_image="skip"`` is left out and
-    listed in ``skipped``; likewise ``on_bad_label`` and ``unlabelled`` for a label that is None, NaN, empty or
-    negative. Raises InputError for what is missing or unreadable, and where nothing is left.
+    images a class (or with splits between), a ``.parquet`` or ``.arrow`` file, or a hub id. A file, or a folder without
+    splits, is read whole if ``split`` is None; otherwise, of each ten rows in a row eight are ``train``, one is
+    ``validation`` and one ``test``, by a fixed draw. Elsewhere None is ``test``. ``per_class`` keeps that many images
+    of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they are there. An
+    image that cannot be decoded stops with its name, or with ``on_bad_image="skip"`` is left out and listed in
+    ``skipped``; so do labels that are None, NaN, empty or negative with ``on_bad_label``, counted in ``unlabelled``.
+    Raises InputError for what is missing or unreadable, and where nothing is left.
     """
     for key, value in (("on_bad_image", on_bad_image), ("on_bad_label", on_bad_label)):
         if value not in ("stop", "skip"):
@@ -208,28 +191,30 @@ def load(
     if world := _embedded(name, split or "test"):
         from mmsae_helpers.tinyworld.dataset import SPLITS, make_dataset
 
-        split, sizes = world
-        count = per_class or SPLITS[split]
-        return ImageData(make_dataset(split, count, seed, sizes), [], f"{name}/{split}/{count}/{seed}/1")
+        count = per_class or SPLITS[world[0]]
+        return ImageData(make_dataset(world[0], count, seed, world[1]), [], f"{name}/{world[0]}/{count}/{seed}/1")
     rows, part = _open(name, split, streaming=per_class is not None)
-    division = part and f"{part} of 8 in ten rows for train, 1 for validation, 1 for test, drawn with a fixed seed"
+    undivided = part
     if isinstance(rows, IterableDataset):
         few = _drawn(rows, per_class, seed, on_bad_label)
-        rows, part = _open(name, split) if few is None else (few, None)
+        rows, undivided = _open(name, split) if few is None else (few, None)
     dataset, labels = _normalised(rows, name)
-    own = np.array([i for i in range(len(dataset)) if part is None or _part(i) == part], int)
+    own = np.array([i for i in range(len(dataset)) if not undivided or _ten(i // 10)[i % 10] == part], int)
     good = own[labels[own] >= 0]
-    unlabelled = len(own) - len(good)
-    if unlabelled and on_bad_label == "stop":
-        what = f"{unlabelled} of {len(own)} rows read of {name} have no label (None, NaN, empty or negative)"
+    if len(good) < len(own) and on_bad_label == "stop":
+        what = f"{len(own) - len(good)} of {len(own)} rows read of {name} have no label (None, NaN, empty or negative)"
         raise InputError(f"{what}: label them, or set on_bad_label: skip")
-    if per_class is not None and len(good):
-        good = good[_per_class(labels[good], per_class, seed)]
-    dataset, skipped, digest = _decodable(dataset.select(good), good, name, on_bad_image)
-    if not len(dataset):
-        why = f"{len(skipped)} images cannot be decoded, {unlabelled} rows have no label"
-        raise InputError(f"no image of {name} is left{part and f' for {part}' or ''} ({why}): give more, or mend them")
-    return ImageData(dataset, skipped, digest, unlabelled, division or "")
+    if per_class is not None:
+        classes, counts = np.unique(labels[good], return_counts=True)
+        if (counts < per_class).any():
+            few = f"class {classes[counts.argmin()]} of {name} has fewer than {per_class} images"
+            raise InputError(f"{few}: lower the images per class in the parameters")
+        good = np.sort(pd.Series(good).groupby(labels[good]).sample(per_class, random_state=seed).to_numpy())
+    images = ImageData(*_decodable(dataset.select(good), good, name, on_bad_image), len(own) - len(good), part or "")
+    if not len(images.dataset):
+        why = f"{images.unlabelled} rows have no label, {len(images.skipped)} images cannot be decoded"
+        raise InputError(f"no image of {name} {images.part} is left of {len(own)}: {why}")
+    return images
 
 
 def documents(name: str, count: int, seed: int = 0) -> list[str]:
@@ -241,12 +226,10 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
         return [document.text for document in make(count, seed)]
     path = Path(name).expanduser()
     if path.suffix == ".txt":
-        if not path.is_file():
-            raise InputError(f"text file {path} does not exist")
         try:
             texts = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise InputError(f"text file {path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {path} as a text file in UTF-8: {_why(error)}") from error
     else:
         rows = _open(name, None, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
         _need(name, rows.column_names or ["text"], "text")
@@ -276,13 +259,17 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
     found, numbered = Documents(), enumerate(rows.decode(False))
     with ThreadPoolExecutor(32) as pool:
         while chunk := list(islice(numbered, min(256, count - len(found)))):
-            for (i, row), images in zip(chunk, pool.map(lambda item: _kept(item[1]["images"]), chunk), strict=True):
-                if not images or isinstance(images, str):
-                    found.skipped.append(f"row {i}: {images or 'no image'}")
+            jobs = [pool.submit(lambda some: [_file(s) for s in some if s], row["images"]) for _, row in chunk]
+            for (i, row), job in zip(chunk, jobs, strict=True):
+                error = job.exception() if any(row["images"]) else ValueError("no image")
+                if error:  # the network, the file system and Pillow raise dozens of kinds
+                    if isinstance(error, InputError):  # the disk is full
+                        raise error
+                    found.skipped.append(f"row {i}: {_why(error)}")
                     continue
                 parts = [(t, s) for t, s in zip(row["texts"], row["images"], strict=True) if t or s]
                 texts = [PLACEHOLDER if s else t.replace(PLACEHOLDER, "< image>") for t, s in parts]
-                found.append(Interleaved(" ".join(texts), images))
+                found.append(Interleaved(" ".join(texts), job.result()))
     if len(found) < count:
         few = f"{name} has {len(found)} documents with all their images but {count} are needed"
         raise InputError(f"{few} ({len(found.skipped)} left out): lower the number in the parameters")
@@ -292,8 +279,8 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
 def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, *, start=0, stop=None, max_tokens=None):
     """Model inputs for documents ``start`` to ``stop``, cut at ``max_tokens`` (the model's context by default).
 
-    An image that does not fit whole is left out with all that follows it; `cut` counts. Raises InputError where nothing
-    is left.
+    Documents are `Interleaved`, or text alone. An image that does not fit whole is left out with all that follows it;
+    `cut` counts. Raises InputError where nothing is left.
     """
     stop = len(documents) if stop is None else stop
     limit = max_tokens or adapter.config.max_position_embeddings
@@ -303,6 +290,9 @@ def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, 
         inputs = adapter.encode(texts, images, fits=False)
         shape = inputs["input_ids"].shape
         yield Inputs(torch.tensor(rows), {k: v[:, :limit] if v.shape == shape else v for k, v in inputs.items()})
+
+
+text_batches = interleaved_batches
 
 
 def cut(adapter, documents, max_tokens: int | None = None) -> Cut:
@@ -330,25 +320,14 @@ def _fitted(adapter, document, limit: int, at: int) -> tuple[str, list[PIL.Image
     if fit < len(places):
         kept = min(limit, int(length[: places[fit] - bool(before)].sum()))
         if kept < 2:  # no more than BOS
-            raise InputError(
-                f"document {at} begins with an image that is longer than {limit} tokens: allow more tokens"
-            )
+            raise InputError(f"document {at} begins with an image longer than {limit} tokens: allow more tokens")
         pieces, images = pieces[: fit + 1], images[:fit]
     return token.join(pieces), images, max(0, int(ends[-1]) - kept)
 
 
-def _kept(sources: list) -> list[Path] | str:
-    """Files with the images of a row, or why one of them cannot be had."""
-    try:
-        return [_file((s["bytes"] or s["path"]) if isinstance(s, dict) else s) for s in filter(None, sources)]
-    except InputError:  # the disk is full
-        raise
-    except Exception as error:  # the network, the file system and Pillow raise dozens of kinds
-        return _why(error)
-
-
-def _file(source: str | bytes) -> Path:
+def _file(source: str | bytes | dict) -> Path:
     """The file with the image at a path, or else the one that an image in bytes or at a URL is kept in."""
+    source = (source["bytes"] or source["path"]) if isinstance(source, dict) else source
     is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
     if isinstance(source, str) and not is_url:
         upright(source).convert("RGB")
@@ -394,16 +373,13 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        needs = f"{len(content) / 2**20:.1f} MiB"
-        kept = "make room and run again (what is finished is kept)"
-        raise InputError(f"disk full: {path} needs {needs}; {kept}") from error
+        needs = f"needs {len(content) / 2**20:.1f} MiB; make room and run again (what is finished is kept)"
+        raise InputError(f"disk full: {path} {needs}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def batches(
-    adapter, dataset: Dataset, batch_size: int, *, question="", texts=None, start=0, stop=None
-) -> Iterator[Inputs]:
+def batches(adapter, dataset, batch_size: int, *, question="", texts=None, start=0, stop=None) -> Iterator[Inputs]:
     """Model inputs for samples ``start`` to ``stop``, the image before ``question`` in the chat template.
 
     ``texts``, one a sample, are forced as they are instead, such as the captions of a captioner.
@@ -419,68 +395,48 @@ def batches(
         yield Inputs(torch.tensor(rows), adapter.encode(texts[first : rows.stop], images))
 
 
-def text_batches(adapter, texts: list[str], batch_size: int, *, start=0, stop=None, max_tokens=None):
-    """Model inputs for documents ``start`` to ``stop``, cut at ``max_tokens`` (the model's context by default)."""
-    stop = len(texts) if stop is None else stop
-    limit = max_tokens or adapter.config.max_position_embeddings
-    for first in range(start, stop, batch_size):
-        rows = range(first, min(first + batch_size, stop))
-        inputs = adapter.encode([adapter.raw(texts[i]) for i in rows])
-        yield Inputs(torch.tensor(rows), {k: v[:, :limit] for k, v in inputs.items()})
-
-
 def _embedded(name: str, split: str) -> tuple[str, tuple] | None:
     """Split and picture sizes of an embedded data set, None for another name; InputError for a split it lacks."""
     if name not in (EMBEDDED, EMBEDDED_ASPECTS):
         return None
     from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE
 
-    found = _first(split, SPLITS, "the embedded world")
-    return found, ASPECTS if name == EMBEDDED_ASPECTS else (SQUARE,)
+    return _named(split, SPLITS, "the embedded world"), ASPECTS if name == EMBEDDED_ASPECTS else (SQUARE,)
 
 
-def _alike(split: str) -> tuple[str, ...]:
-    return _VALIDATION if split in _VALIDATION else (split,)
-
-
-def _first(split: str, available: Iterable[str], where) -> str:
+def _named(split: str, available: Iterable[str], where) -> str:
     """What a split is called there; raises InputError where there is none of it."""
-    if found := [one for one in _alike(split) if one in available]:
-        return found[0]
+    for one in _VALIDATION if split in _VALIDATION else (split,):
+        if one in available:
+            return one
     raise InputError(f"{where} has no split {split!r}: there are {', '.join(available)}")
 
 
 @lru_cache(2)
 def _ten(block: int) -> np.ndarray:
-    return np.random.default_rng([0, block]).permutation(_PARTS)
-
-
-def _part(row: int) -> str:
-    """The part that a row of a source without splits is in, whatever else there is."""
-    return _ten(row // 10)[row % 10]
+    """Which parts ten rows of a source without splits are in, whatever else there is."""
+    return np.random.default_rng([0, block]).permutation(("train",) * 8 + ("validation", "test"))
 
 
 def _open(name: str, split: str | None, streaming: bool = False, otherwise: str = "test"):
     """Rows, and the part of them asked for where the source has no splits (rows that are streamed are that part)."""
     path = Path(name).expanduser()
-    _utf8(path)
-    if path.suffix in (".parquet", ".arrow"):
-        if not path.is_file():
-            raise InputError(f"data file {path} does not exist")
+    is_file = path.suffix in (".parquet", ".arrow")
+    if is_file and path.is_file():
         rows = _loaded(name, path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
     elif path.is_dir():
-        splits = {p.name: p for p in _folders(path) if p.name in (*_PARTS, *_VALIDATION, split) and _folders(p)}
+        splits = {p.name: p for p in _folders(path) if p.name in ("train", "test", *_VALIDATION, split) and _folders(p)}
         if splits:
-            return _folder(splits[_first(split or otherwise, splits, path)]), None
+            return _folder(splits[_named(split or otherwise, splits, path)]), None
         rows = _folder(path)
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    elif is_file or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         known = "tinyworld, a folder, a .parquet or .arrow file, or a hub id"
         raise InputError(f"data set {name} does not exist: give {known}")
     else:
         return _loaded(name, name, split=split or otherwise, streaming=streaming), None
-    part = split and _first(split, dict.fromkeys(_PARTS), f"{path}, divided because it has no splits,")
+    part = split and _named(split, ("train", "validation", "test"), f"{path}, divided as it has no splits,")
     if part and isinstance(rows, IterableDataset):
-        rows = rows.decode(False).filter(lambda row: _part(row) == part, with_indices=True, input_columns=[])
+        rows = rows.decode(False).filter(lambda i: _ten(i // 10)[i % 10] == part, with_indices=True, input_columns=[])
     return rows, part
 
 
@@ -507,22 +463,13 @@ def _drawn(rows: IterableDataset, per_class: int, seed: int, on_bad_label: str) 
 
 
 def _loaded(name: str, *args, split: str, **options):
-    errors = []
-    for one in _alike(split):
-        try:
-            return load_dataset(*args, split=one, **options)
-        except Exception as error:  # the hub, pyarrow and datasets each raise their own
-            errors.append(error)
-            if "split" not in str(error):
-                break
-    raise InputError(f"cannot load data set {name}: {first_line(errors[0])}") from errors[0]
-
-
-def _utf8(path: Path) -> None:
     try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the name of {os.fsencode(path)!r} is not UTF-8: rename it") from error
+        return load_dataset(*args, split=split, **options)
+    except Exception as error:  # the hub, pyarrow and datasets each raise their own
+        there = [one for one in _VALIDATION if f"'{one}'" in str(error)]
+        if split in set(_VALIDATION).difference(there) and there:
+            return _loaded(name, *args, split=there[0], **options)
+        raise InputError(f"cannot load data set {name}: {first_line(error)}") from error
 
 
 def _folders(root: Path) -> list[Path]:
@@ -533,17 +480,18 @@ def _folder(root: Path) -> Dataset:
     classes = _folders(root)
     if not classes:
         raise InputError(f"{root} has no class folders: put the images of each class in a folder of its own")
-    paths, labels = [], []
-    for folder in classes:
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        images = [p for p in images if not any(part.startswith(_HIDDEN) for part in p.relative_to(root).parts)]
-        if not images:
-            raise InputError(f"class folder {folder} has no images: add some or remove the folder")
-        for path in images:
-            _utf8(path)
-        paths += map(str, images)
-        labels += [folder.name] * len(images)
-    return Dataset.from_dict({"image": paths, "fine_label": labels})
+    found = {"image": [], "fine_label": []}
+    for path in (path for folder in classes for path in sorted(folder.rglob("*"))):
+        parts = path.relative_to(root).parts
+        if path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(_HIDDEN) for part in parts):
+            found["image"].append(str(path))
+            found["fine_label"].append(parts[0])
+    if empty := [str(folder) for folder in classes if folder.name not in set(found["fine_label"])]:
+        raise InputError(f"class folder {empty[0]} has no images: add some or remove the folder")
+    try:
+        return Dataset.from_dict(found)
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name of {ascii(error.object)} is not UTF-8: rename it") from error
 
 
 def _normalised(dataset: Dataset, name: str) -> tuple[Dataset, np.ndarray]:
@@ -554,39 +502,22 @@ def _normalised(dataset: Dataset, name: str) -> tuple[Dataset, np.ndarray]:
             _need(name, dataset.column_names, " or ".join(aliases))
         if found not in (None, wanted):
             dataset = dataset.rename_column(found, wanted)
-    kind, values = dataset.features["fine_label"], dataset["fine_label"][:]
-    if isinstance(kind, ClassLabel):
-        known = range(kind.num_classes)
-    elif isinstance(kind, Value):
-        known = {v for v in values if pd.notna(v) and str(v).strip() and (isinstance(v, str) or v >= 0)}
-        try:
-            known = sorted(known, key=lambda v: (float(v), str(v)))
-        except ValueError:  # words
-            known = sorted(known)
-    else:
-        raise InputError(f"column fine_label or label of {name} has no label a row but {kind}: give one")
-    labels = pd.Index(known).get_indexer(values)
-    if not isinstance(kind, ClassLabel):
-        names = [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in known]
-        dataset = dataset.remove_columns("fine_label")
-        dataset = dataset.add_column("fine_label", labels, feature=ClassLabel(names=names))
     try:
-        return dataset.cast_column("image", Upright()), labels
+        dataset = dataset.cast_column("image", Upright())
     except Exception as error:  # whatever converting the column's kind leads to
         what = f"column image of {name} has no image a row but {dataset.features['image']}"
         raise InputError(f"{what}: give one image, its path or its bytes") from error
-
-
-def _per_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    chosen = []
-    for label in np.unique(labels):
-        chosen.append(rng.permutation(np.flatnonzero(labels == label))[:count])
-        if len(chosen[-1]) < count:
-            raise InputError(
-                f"class {label} has fewer than {count} images: lower the images per class in the parameters"
-            )
-    return np.sort(np.concatenate(chosen))
+    kind = dataset.features["fine_label"]
+    if not hasattr(kind, "dtype"):
+        raise InputError(f"column fine_label or label of {name} has no label a row but {kind}: give one")
+    texts = pd.Series(dataset["fine_label"][:]).convert_dtypes().astype("string")  # NA for None and NaN, 1 for 1.0
+    if isinstance(kind, ClassLabel):
+        return dataset, pd.Index([str(label) for label in range(kind.num_classes)]).get_indexer(texts)
+    known = {text for text in texts.dropna() if text.strip() and not re.match(r"-\d", text)}
+    known = sorted(known, key=lambda text: (len(text) if text.isdecimal() else np.inf, text))  # numbers by size
+    labels = pd.Index(known).get_indexer(texts)
+    dataset = dataset.remove_columns("fine_label")
+    return dataset.add_column("fine_label", labels, feature=ClassLabel(names=known)), labels
 
 
 def _decodable(dataset: Dataset, rows, name: str, on_bad_image: str) -> tuple[Dataset, list[str], str]:
