@@ -63,8 +63,16 @@ def opened(chromium, folder):
     """A function that opens the browser at a hash; afterwards nothing foreign was asked for, nothing complained."""
     seen = []
 
-    def go(link="", **context):
+    def go(link="#1/0", plain=True, **context):
+        """``plain``: all features, dead ones too, in their own order."""
         seen.append(visit(chromium, folder / "index.html", link, **context))
+        if plain:
+            seen[-1][0].evaluate(
+                """() => { for (const [id, value] of [["state", "all"], ["sort", "order"], ["direction", "1"]])
+                document.getElementById(id).value = value;
+                document.getElementById("filter").dispatchEvent(new Event("input", { bubbles: true })); }"""
+            )
+            passes(seen[-1][0], 400)
         return seen[-1][0]
 
     yield go
@@ -106,6 +114,19 @@ def test_first_view(opened):
     assert HOSTILE in page.inner_text("#feature") and page.locator("#feature script, #feature img").count() == 0
 
 
+def test_it_opens_on_the_most_informative_living_feature(opened):
+    """Dead features are hidden until asked for; how much a feature tells is purity times the bits of its firing."""
+    page, table = opened("", plain=False), material()["table"]
+    passes(page, (table.n_images > 0).sum())
+    f = table.frequency.clip(1e-12, 1 - 1e-12)
+    tells = table.purity * -(f * np.log2(f) + (1 - f) * np.log2(1 - f))
+    best = table.loc[tells.where(table.n_images >= K).idxmax()]
+    shown(page, f"{best.layer}/{best.feature}")
+    expect(page.locator(".row .id").first).to_have_text(f"{best.layer}/{best.feature}")
+    page.select_option("#state", "dead")
+    passes(page, (table.n_images == 0).sum())
+
+
 def test_search_filter_and_sort(opened):
     page = opened()
     shown(page, "1/0")
@@ -121,6 +142,8 @@ def test_search_filter_and_sort(opened):
     page.fill("#search", "nothing has this")
     passes(page, 0)
     page.click("text=Reset")
+    passes(page, (table.n_images > 0).sum())
+    page.select_option("#state", "all")
     passes(page, 400)
     page.select_option("#state", "alive")
     passes(page, (table.n_images > 0).sum())
@@ -250,7 +273,7 @@ def test_a_missing_file_is_named(chromium, folder, tmp_path):
         ("table.js", "table.js is missing"),
     ]:
         (tmp_path / "part" / lost).unlink()
-        page, *_ = visit(chromium, tmp_path / "part/index.html")
+        page, *_ = visit(chromium, tmp_path / "part/index.html", "#1/0")
         assert said in page.inner_text("[role=alert]")
         page.context.close()
 

@@ -64,12 +64,14 @@
   function start() {
     total = table.feature.length;
     $("layer").append(make("option", { value: "" }, "all"), ...table.layers.map((name, code) => make("option", { value: code }, name)));
+    const bits = f => f > 0 && f < 1 ? -f * Math.log2(f) - (1 - f) * Math.log2(1 - f) : 0;
+    table.informative = table.purity.map((pure, row) => pure === null ? null : pure * bits(table.frequency[row]));
     let gone = 0, few = 0;
     for (let row = 0; row < total; row++) { gone += dead(row); few += rare(row); }
     $("summary").textContent = `${whole(total)} features in ${table.layers.length} layer${table.layers.length === 1 ? "" : "s"}, measured on ${whole(meta.n_images)} images and ` +
       `${whole(meta.n_tokens)} tokens. ${whole(gone)} are dead (fire on no image), ${whole(few)} rare (on 1 to ${whole(meta.rare - 1)} images).`;
     $("state").querySelector("[value=rare]").append(`: 1 to ${meta.rare - 1} images`);
-    $("last").textContent = `By similarity and purity, features on fewer than ${meta.rare} images come last: few images are easily alike.`;
+    $("last").textContent = `How much it tells: purity times the bits of whether it fires. By this, similarity and purity, features on fewer than ${meta.rare} images come last: few images are easily alike.`;
     $("note").textContent = meta.note;
     if (innerWidth < 736) $("more").open = false;
     apply();
@@ -98,7 +100,7 @@
     if (by === "order") { if (sign < 0) kept.reverse(); }
     else if (by === "label") kept.sort((a, b) => (!label(a) - !label(b)) || sign * (label(a) < label(b) ? -1 : label(a) > label(b) ? 1 : 0) || a - b);
     else {
-      const column = table[by], score = by === "similarity" || by === "purity";
+      const column = table[by], score = by === "similarity" || by === "purity" || by === "informative";
       const last = row => column[row] === null ? 2 : Number(score && table.n_images[row] < meta.rare);
       kept.sort((a, b) => last(a) - last(b) || sign * (column[a] - column[b]) || a - b);
     }
