@@ -5,6 +5,7 @@ config. Shapes: B inputs, T positions (padded right).
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,15 @@ from mmsae_helpers.errors import InputError, first_line
 
 CHECKPOINTS = Path(__file__).parent / "tinyworld" / "checkpoints"
 EMBEDDED = "tinyworld/"
+# Tensors that no result hangs on: poolers, buffers of old checkpoints, and what paints Anole's codes.
+UNUSED = re.compile(r"pooler|(attn|attention)\.(masked_)?bias|inv_freq|position_ids|vqmodel\.(decoder|post_quant)")
 
 
 class Geometry(NamedTuple):
     """What each position of a batch shows; all [B, T]."""
 
     is_image: Tensor  # bool
-    patch: Tensor  # patch of the base image, row * columns + column, int64; -1 for text and newlines
+    patch: Tensor  # patch of the base image, row * columns + column, int64; -1 for text, newlines, class tokens
     part: Tensor  # int64: -1 text, 0 base image, 1 tile, 2 newline
 
 
@@ -38,6 +41,7 @@ class Adapter:
     image_token_id: int | None = None
     patch_grid: tuple[int, int] | None = None
     _processing: dict = {}  # options of the family's processor
+    _offset = 0  # patch of an image's first token
 
     def __init__(self, name: str, model, tokenizer, processor=None):
         self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
@@ -45,7 +49,9 @@ class Adapter:
         self.d_model: int = self.config.hidden_size
         self.n_layers: int = self.config.num_hidden_layers
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # attention is masked there
+        if tokenizer.pad_token is None:
+            raise InputError(f"the tokenizer of {name} has no pad, eos or unk token: name one as its pad_token")
         tokenizer.padding_side = "right"
 
     @property
@@ -82,13 +88,17 @@ class Adapter:
         image = image and self.image_token_id is not None
         token = self.tokenizer.convert_ids_to_tokens(self.image_token_id) if image else ""
         parts = [{"type": "image"}] * image + [{"type": "text", "text": question}]
+        options, why = dict(chat_template=template, tokenize=False, add_generation_prompt=True), ""
         for content in (parts, f"{token}\n{question}" if image else question):  # the two forms that templates know
-            turn = [{"role": "user", "content": content}]
-            options = dict(chat_template=template, tokenize=False, add_generation_prompt=True)
-            text = self.tokenizer.apply_chat_template(turn, **options)
-            if token in text and question in text:
+            try:
+                text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], **options)
+            except Exception as error:  # a template may do anything with the form that it does not know
+                why = f" ({first_line(error)})"
+                continue
+            as_python = isinstance(content, list) and ("{'type'" in text or '{"type"' in text)
+            if token in text and question in text and not as_python:
                 return text
-        raise InputError(f"the chat template of {self.name} drops the image or the question")
+        raise InputError(f"the chat template of {self.name} drops the image or the question{why}")
 
     def raw(self, text: str) -> str:
         """A document in which no word stands for an image or for BOS: a space splits those that would."""
@@ -98,7 +108,7 @@ class Adapter:
 
     def image_tokens(self, size: tuple[int, int]) -> int:
         """How many image tokens an image of ``size`` (height, width) has."""
-        return math.prod(self.patch_grid)
+        return math.prod(self.patch_grid) - self._offset
 
     def encode(self, texts: Sequence[str], images: Sequence | None = None, fits: bool = True) -> dict[str, Tensor]:
         """Model inputs on the model's device, padded right: ``input_ids`` and ``attention_mask`` [B, T], and pixels.
@@ -177,8 +187,8 @@ class Adapter:
         mask = self.image_mask(input_ids)
         if self.patch_grid is None:
             return torch.full_like(input_ids, -1)
-        order = mask.long().cumsum(1) - 1
-        return (order % (self.patch_grid[0] * self.patch_grid[1])).masked_fill(~mask, -1)
+        order = (mask.long().cumsum(1) - 1) % (math.prod(self.patch_grid) - self._offset)
+        return (order + self._offset).masked_fill(~mask, -1)
 
     def geometry(self, inputs: dict[str, Tensor], reading: str = "corrected") -> Geometry:
         """Which positions are which part and patch of an image; ``reading`` matters where there are newline tokens."""
@@ -187,7 +197,11 @@ class Adapter:
 
 
 class LlavaAdapter(Adapter):
-    """LlavaForConditionalGeneration: one image is one grid of patch tokens."""
+    """LlavaForConditionalGeneration: one image is one grid of patch tokens.
+
+    The strategy "default" leaves the tower's first token out, "full" does not: with CLIP a class token, with SigLIP
+    (which has none) the first patch. Raises InputError where LLaVA-NeXT's tiles would so be no grid.
+    """
 
     def __init__(self, name, model, tokenizer, processor):
         super().__init__(name, model, tokenizer, processor)
@@ -197,8 +211,14 @@ class LlavaAdapter(Adapter):
         self.patch_grid = (side, side)
         # Processors saved before transformers 4.45 do not carry these three; the config always does.
         processor.patch_size = vision.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = 1
+        strategy = processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        parameters = [key for key, _ in model.model.vision_tower.named_parameters()]
+        n_class = sum(key.endswith(("class_embedding", "cls_token")) for key in parameters)
+        processor.num_additional_image_tokens = n_class
+        self._offset = (strategy == "default") - n_class
+        if self._offset and self.family == "llava_next":
+            tower = f"a tower ({vision.model_type}) of {n_class} class tokens"
+            raise InputError(f"{name}: vision_feature_select_strategy {strategy!r} does not fit {tower}")
 
     @torch.no_grad()
     def vision_features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -206,7 +226,9 @@ class LlavaAdapter(Adapter):
         pixels = self.processor.image_processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
         pixels = pixels[:, 0] if pixels.dim() == 5 else pixels
         hidden = self.model.model.vision_tower(pixels.to(self.device, self.model.dtype), output_hidden_states=True)
-        return hidden.hidden_states[self.model.config.vision_feature_layer][:, 1:].mean(1).float().cpu()
+        layers = self.model.config.vision_feature_layer
+        states = [hidden.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        return torch.cat(states, -1)[:, -math.prod(self.patch_grid) :].mean(1).float().cpu()
 
 
 class LlavaNextAdapter(LlavaAdapter):
@@ -395,7 +417,8 @@ def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_c
     """Load a checkpoint with its tokenizer or processor.
 
     ``name`` is ``tinyworld/<model>`` (shipped with the package), a local folder, or a hub id. Weights are read from
-    safetensors only. Raises InputError when there is no such model, a file is damaged, or the family is unknown.
+    safetensors only. Raises InputError when there is no such model, device or dtype, a file is damaged, or its tensors
+    are not those of the config.
     """
     from transformers import (
         AutoConfig,
@@ -417,6 +440,10 @@ def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_c
         tokenizer = _read(name, AutoTokenizer.from_pretrained, path, **options)
     else:
         processor = _read(name, AutoProcessor.from_pretrained, path, **options)
+        if not hasattr(processor, "image_processor"):
+            raise InputError(
+                f"{name} has no image processor: add its preprocessor_config.json or processor_config.json"
+            )
         tokenizer = processor.tokenizer
     model = _weights(name, AutoModelForImageTextToText, path, device, dtype, **options)
     return FAMILIES[config.model_type](name, model, tokenizer, processor)
@@ -461,18 +488,31 @@ def resolve(name: str) -> str:
 
 
 def pick_device(device: str = "auto") -> str:
-    """``auto`` is cuda, then mps, then cpu; any other name is kept."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """``auto`` is an accelerator, else cpu; raises InputError for a device that is not there."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    numbered = [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())] if found else []
+    known = [found.type, *numbered, "cpu"] if found else ["cpu"]
+    if device not in ("auto", *known):
+        raise InputError(f"no device {device!r} here: choose auto, {', '.join(known)}")
+    return known[0] if device == "auto" else device
 
 
 def _weights(name, factory, path, device, dtype, **options):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = _read(name, factory.from_pretrained, path, dtype=getattr(torch, dtype), use_safetensors=True, **options)
-    return model.to(pick_device(device)).eval().requires_grad_(False)
+    device, kinds = pick_device(device), ("float32", "bfloat16", "float16", "float64")
+    if dtype not in kinds:
+        raise InputError(f"no dtype {dtype!r}: choose {', '.join(kinds)}")
+    options |= {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _read(name, factory.from_pretrained, path, **options)
+    found = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    wrong = [f"{kind} {key}" for kind, keys in found.items() for key in keys if not UNUSED.search(key)]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise InputError(f"the tensors of {name} do not fit its config: {', '.join(wrong[:4])}{more}")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _read(name, read, path, **options):

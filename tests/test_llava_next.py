@@ -16,6 +16,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
+    SiglipVisionConfig,
 )
 
 from mmsae_helpers import activations, cache, data, models
@@ -320,3 +321,56 @@ def test_a_choice_is_the_number_beside_the_truth():
         assert listed[::2] == list("0123456789") and words.unk_token_id not in words.encode(question)
         orders.add(tuple(listed))
     assert len(orders) == 22
+
+
+def make_siglip(kind, strategy, layers=-2):
+    """A random model of either family with a tower that has no class token: 4 x 4 patches."""
+    torch.manual_seed(0)
+    config, tokenizer = parts(32, 8, 400)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config["vision_config"] = SiglipVisionConfig(image_size=32, patch_size=8, **sizes)
+    config |= dict(vision_feature_select_strategy=strategy, vision_feature_layer=layers)
+    square, rest = {"height": 32, "width": 32}, dict(patch_size=8, chat_template=tokenizer.chat_template)
+    if kind == "llava":
+        model, images = LlavaForConditionalGeneration(LlavaConfig(**config)), CLIPImageProcessorPil
+        processor = LlavaProcessor(images(size={"shortest_edge": 32}, crop_size=square), tokenizer, **rest)
+        return LlavaAdapter("siglip", model.eval(), tokenizer, processor)
+    pinpoints = [[32, 64], [64, 32], [64, 64]]
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**config, image_grid_pinpoints=pinpoints))
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=square, image_grid_pinpoints=pinpoints)
+    return LlavaNextAdapter("siglip", model.eval(), tokenizer, LlavaNextProcessor(images, tokenizer, **rest))
+
+
+@pytest.mark.parametrize(("strategy", "first"), [("full", 0), ("default", 1)])
+def test_a_tower_without_a_class_token(strategy, first):
+    """Strategy "default" drops the first token whatever it is: here that of patch 0."""
+    adapter = make_siglip("llava", strategy)
+    plain = noise(32, 32)
+    painted = plain.copy()
+    painted.paste((255, 0, 0), (2 * 8, 8, 3 * 8, 2 * 8))  # column 2, row 1
+    inputs = adapter.encode([adapter.prompt()] * 2, [plain, painted])
+    is_image, patch, _ = (x[0] for x in adapter.geometry(inputs))
+    assert patch[is_image].tolist() == list(range(first, 16)) and adapter.image_tokens((32, 32)) == 16 - first
+    made = adapter.model.get_image_features(inputs["pixel_values"]).pooler_output
+    changed = (made[0] - made[1]).abs().amax(1) > 1e-6
+    assert patch[is_image][changed].tolist() == [6]
+    assert adapter.forward(inputs).logits.isfinite().all() and adapter.vision_features([plain]).shape == (1, 16)
+
+
+def test_llava_next_with_a_tower_without_a_class_token():
+    adapter = make_siglip("llava_next", "full")
+    for size in ((32, 32), (40, 70)):
+        inputs = adapter.encode([adapter.prompt()], [noise(*size)])
+        is_image, patch, part = (x[0] for x in adapter.geometry(inputs))
+        assert patch[part == 0].tolist() == list(range(16)) and is_image.sum() == adapter.image_tokens(size)
+        assert adapter.forward(inputs).logits.isfinite().all()
+    with pytest.raises(InputError, match="vision_feature_select_strategy 'default' does not fit a tower .siglip"):
+        make_siglip("llava_next", "default")
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_features_of_several_tower_layers(kind):
+    adapter = make_siglip(kind, "full", [-2, -1])
+    found, image = adapter.vision_features([noise(32, 32)]), noise(32, 32)
+    assert found.shape == (1, 32) and not torch.equal(found[:, :16], found[:, 16:])
+    assert adapter.forward(adapter.encode([adapter.prompt()], [image])).logits.isfinite().all()
