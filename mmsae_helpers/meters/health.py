@@ -38,7 +38,7 @@ class HealthMeter(Meter):
 
     def __init__(self, sae, layer: int, scale: float = 1.0):
         super().__init__(sae, layer, scale)
-        self.n = self.active = self.error = self.energy = self.norm = self.sum = 0
+        self.n = self.error = self.energy = self.norm = self.sum = 0
         self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
 
     def chunk(self, raw: torch.Tensor, x: torch.Tensor, features: torch.Tensor) -> None:
@@ -49,6 +49,13 @@ class HealthMeter(Meter):
         self.energy += x.square().sum(dtype=torch.float64)
         self.sum += x.sum(0, dtype=torch.float64)
         self.norm += raw.norm(dim=1).sum(dtype=torch.float64)
+
+    def __add__(self, other: HealthMeter) -> HealthMeter:
+        """The meter of both streams of tokens together."""
+        both = HealthMeter(self.sae, self.layer, self.scale)
+        for name in ("n", "error", "energy", "norm", "sum", "fired"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
 
     def result(self) -> Health:
         if not self.n:
