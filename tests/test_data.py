@@ -1,5 +1,6 @@
 """Data sets: the embedded world, folders, files, documents of the web, and what cannot be read."""
 
+import base64
 import errno
 import io
 import os
@@ -11,7 +12,10 @@ from itertools import pairwise
 import datasets
 import numpy as np
 import pytest
+import zstandard
 from datasets import ClassLabel, Dataset, Features, List, Value
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from mmsae_helpers import cache, data, models
@@ -296,3 +300,269 @@ def test_what_is_cut_is_counted(name, limit):
         counted = data.cut(adapter, some, limit)
         assert counted == (np.count_nonzero(tokens), pictures[0] - pictures[1], sum(tokens)) and counted.tokens > 0
         assert counted.images > 0 or some is plain or name == "llava-next"
+
+
+PARTS = ("train", "validation", "test")
+
+
+def rows_file(path, labels, kind="int64", images=None):
+    """A parquet file with an image, another for each row, and a label a row."""
+    images = [png((i, 0, 0)) for i in range(len(labels))] if images is None else images
+    kind = kind if not isinstance(kind, str) else Value(kind)
+    features = Features({"image": Value("binary"), "label": kind})
+    rows = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    Dataset.from_list(rows, features=features).to_parquet(path, batch_size=7)
+    return str(path)
+
+
+def reds(images):
+    return [np.asarray(image)[0, 0, 0].item() for image in images.dataset["image"]]
+
+
+@pytest.mark.parametrize("how", ["class folders", "rows", "streamed rows"])
+def test_a_source_without_splits_is_divided_into_disjoint_parts(tmp_path, how):
+    labels = [i % 2 for i in range(60)]
+    if how == "class folders":
+        for i, label in enumerate(labels):
+            (tmp_path / "set" / f"c{label}").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set" / f"c{label}" / f"{i}.png").write_bytes(png((i, 0, 0)))
+        name, per_class = str(tmp_path / "set"), None
+    else:
+        name = rows_file(tmp_path / "x.parquet", labels, ClassLabel(names=["a", "b"]))
+        per_class = 1 if how == "streamed rows" else None
+    found = {part: data.load(name, part) for part in PARTS}
+    assert [len(images.dataset) for images in found.values()] == [48, 6, 6]
+    assert sorted(red for images in found.values() for red in reds(images)) == list(range(60))
+    assert [images.part for images in found.values()] == list(PARTS) and data.load(name).part == ""
+    assert len(data.load(name).dataset) == 60 and reds(data.load(name, "val")) == reds(found["validation"])
+    for seed in range(5) if per_class else ():
+        for part in PARTS:
+            images = data.load(name, part, per_class, seed=seed)
+            assert set(reds(images)) <= set(reds(found[part])) and images.labels.tolist().count(0) == per_class
+    with pytest.raises(InputError, match="has no split 'dev': there are train, validation, test"):
+        data.load(name, "dev")
+
+
+def test_rows_keep_their_part_when_more_follow_and_too_few_are_refused(tmp_path):
+    few, more = (rows_file(tmp_path / f"{n}.parquet", [0, 1] * n) for n in (10, 25))
+    assert set(reds(data.load(few, "test"))) == {red for red in reds(data.load(more, "test")) if red < 20}
+    part = next(part for part in PARTS if part not in data._ten(0)[:4])
+    with pytest.raises(InputError, match=f"no image of .* {part} is left of 0"):
+        data.load(rows_file(tmp_path / "4.parquet", [0, 1, 0, 1]), part)
+
+
+def test_classes_are_the_same_in_every_part(tmp_path):
+    name = rows_file(tmp_path / "x.parquet", [0] * 19 + [5] + [7] * 20)
+    assert {tuple(data.load(name, part).class_names) for part in PARTS} == {("0", "5", "7")}
+
+
+def test_a_folder_with_splits_has_no_others(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("set")
+    for split in ("train", "val"):
+        (root / split / "cat").mkdir(parents=True)
+        (root / split / "cat" / "1.png").write_bytes(png((7 if split == "val" else 8, 0, 0)))
+    for asked in ("test", None, "dev"):
+        with pytest.raises(InputError, match="has no split .*: there are train, val"):
+            data.load(str(root), asked)
+    for asked in ("val", "valid", "validation"):
+        assert reds(data.load(str(root), asked)) == [7] and data.load(str(root), asked).class_names == ["cat"]
+    assert data.load("tinyworld", "val", 1).fingerprint == data.load("tinyworld", "validation", 1).fingerprint
+
+
+def test_a_data_set_of_the_hub_lacks_a_split(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        rows_file(tmp_path / f"{split}.parquet", [0, 1])
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "val")}
+    real = data.load_dataset
+    monkeypatch.setattr(data, "load_dataset", lambda name, **k: real("parquet", data_files=files, **k))
+    assert len(data.load("me/set", "train").dataset) == len(data.load("me/set", "valid").dataset) == 2
+    for per_class in (None, 1):
+        with pytest.raises(InputError, match="cannot load data set me/set: .*train.*val") as caught:
+            data.load("me/set", "test", per_class)
+        assert "\n" not in str(caught.value)
+
+
+def test_one_table_of_documents_has_disjoint_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {"texts": [[None, f"t{i}"] for i in range(30)], "images": [[str(tmp_path / "a.png"), None]] * 30}
+    (tmp_path / "a.png").write_bytes(png())
+    Dataset.from_dict(rows).to_parquet(tmp_path / "o.parquet")
+    read = partial(data.interleaved, str(tmp_path / "o.parquet"))
+    parts = [{d.text for d in read(n, split=split)} for n, split in ((24, "train"), (3, "val"), (3, "test"))]
+    assert [len(part) for part in parts] == [24, 3, 3] and len(set.union(*parts)) == 30 == len(read(30))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        ("int64", [0, -1, 1, None, 1, 0]),
+        ("float64", [0.0, float("nan"), 1.0, None, 1.0, 0.0]),
+        ("string", ["0", "", "1", None, "1", "0"]),
+        (ClassLabel(names=["0", "1"]), [0, -1, 1, None, 1, 0]),
+    ],
+)
+def test_rows_without_a_label_stop_or_are_counted(tmp_path, kind, labels, streamed):
+    name, per_class = rows_file(tmp_path / "x.parquet", labels, kind), 2 if streamed else None
+    with pytest.raises(InputError, match=r"\d of \d rows .* have no label .*set on_bad_label: skip") as caught:
+        data.load(name, per_class=per_class)
+    assert "\n" not in str(caught.value)
+    images = data.load(name, per_class=per_class, on_bad_label="skip")
+    assert sorted(zip(reds(images), images.labels.tolist(), strict=True)) == [(0, 0), (2, 1), (4, 1), (5, 0)]
+    assert images.class_names == ["0", "1"] and images.skipped == []
+    assert images.unlabelled == 2 or streamed and isinstance(kind, ClassLabel)  # read until all are there
+    with pytest.raises(InputError, match="on_bad_label is 'ignore'"):
+        data.load(name, on_bad_label="ignore")
+
+
+def test_nothing_left_is_no_data_set(tmp_path, folder):
+    for kind in ("int64", ClassLabel(names=["a"])):
+        for per_class in (None, 1):
+            with pytest.raises(InputError, match="no image of .* is left of 2: 2 rows have no label"):
+                data.load(rows_file(tmp_path / "x.parquet", [-1, None], kind), None, per_class, on_bad_label="skip")
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(InputError, match="is left of 6: 0 rows have no label, 6 images cannot be decoded"):
+        data.load(str(folder), on_bad_image="skip")
+
+
+@given(st.sets(st.integers(0, 10**6), min_size=1, max_size=12))
+def test_classes_that_are_numbers_are_in_their_order(numbers):
+    images = [{"bytes": b"", "path": None}] * len(numbers)
+    for labels in (list(numbers), [str(n) for n in numbers], [float(n) for n in numbers]):
+        dataset, coded = data._normalised(Dataset.from_dict({"image": images, "label": labels}), "x")
+        names = dataset.features["fine_label"].names
+        assert names == [str(n) for n in sorted(numbers)] and [int(names[i]) for i in coded] == list(numbers)
+
+
+def test_several_labels_a_row_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no label a row but List"):
+        data.load(rows_file(tmp_path / "x.parquet", [[0, 1], [1]], List(Value("int64"))))
+
+
+GRADIENT = np.linspace(0, 1, 24).reshape(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "suffix"),
+    [
+        ((GRADIENT * 65535).round().astype(np.uint16), "png"),
+        ((GRADIENT * 65535).round().astype(np.uint16), "tiff"),
+        ((GRADIENT * 65535).round().astype(np.int32), "tiff"),
+        (GRADIENT.astype(np.float32), "tiff"),
+        ((GRADIENT * 255).astype(np.float32), "tiff"),
+    ],
+)
+def test_grey_of_many_bits_is_scaled(tmp_path, pixels, suffix):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    path = tmp_path / "set" / "a" / f"0.{suffix}"
+    Image.fromarray(pixels).save(path)
+    (image,) = data.load(str(tmp_path / "set")).dataset["image"]
+    wanted = np.repeat((GRADIENT * 255).round()[..., None], 3, 2)
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image), wanted)
+    assert np.array_equal(np.asarray(data.Interleaved("<image>", [path]).opened()[0].convert("RGB")), wanted)
+    assert np.array_equal(np.asarray(data.upright(Image.fromarray(pixels)).convert("RGB")), wanted)
+
+
+@pytest.mark.parametrize("value", [-1.0, 300.0, float("nan"), float("inf")])
+def test_floats_of_another_range_are_refused_by_name(tmp_path, value):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "a" / "0.tiff")
+    with pytest.raises(InputError, match=r"a/0.tiff of .* cannot be decoded \(mode F with values from"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["jpeg", "png", "webp", "tiff"])
+def test_images_are_upright_everywhere(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    path, exif = tmp_path / "set" / "a" / f"0.{suffix}", Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right
+    picture = Image.new("RGB", (64, 32))
+    picture.paste((255, 255, 255), (0, 0, 32, 32))  # white on the left: then above
+    picture.save(path, exif=exif)
+    features = Features({"texts": List(Value("string")), "images": List(datasets.Image())})
+    for i, image in enumerate([{"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}]):
+        rows = [{"texts": [None, "it"], "images": [image, None]}]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{i}.parquet")
+    documents = [data.interleaved(str(tmp_path / f"{i}.parquet"), 1)[0] for i in range(2)]
+    rows = rows_file(tmp_path / "rows.parquet", [0], images=[path.read_bytes()])
+    seen = [data.load(str(tmp_path / "set")).dataset[0]["image"], data.load(rows).dataset[0]["image"]]
+    for image in seen + [document.opened()[0] for document in documents]:
+        pixels = np.asarray(image.convert("L")).astype(int)
+        assert pixels.shape == (64, 32) and pixels[:28].min() > 200 and pixels[36:].max() < 50
+    adapter = models.load("tinyworld/llava-next", "cpu")
+    (batch,) = data.interleaved_batches(adapter, documents, 2)
+    assert batch.inputs["image_sizes"].tolist() == [[64, 32]] * 2
+
+
+def test_hidden_entries_are_no_classes_and_no_images(folder):
+    before = data.load(str(folder))
+    (folder / ".ipynb_checkpoints").mkdir()
+    for place in ("__MACOSX/cat/0.png", ".git/x/0.png", "cat/._0.png", "cat/.ipynb_checkpoints/0-checkpoint.png"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(b"no picture")
+    after = data.load(str(folder))
+    assert after.class_names == before.class_names and after.fingerprint == before.fingerprint
+
+
+def test_text_files_in_other_encodings(tmp_path):
+    (tmp_path / "t.txt").write_bytes("one\ntwo\n".encode("utf-8-sig"))
+    assert sorted(data.documents(str(tmp_path / "t.txt"), 2)) == ["one", "two"]
+    for content in ("café\n".encode("latin-1"), "one\n".encode("utf-16")):
+        (tmp_path / "t.txt").write_bytes(content)
+        with pytest.raises(InputError, match="t.txt as a text file in UTF-8") as caught:
+            data.documents(str(tmp_path / "t.txt"), 1)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="none.txt .*No such file"):
+        data.documents(str(tmp_path / "none.txt"), 1)
+
+
+@pytest.mark.parametrize("place", [b"caf\xe9/0.png", b"cat/caf\xe9.png"])
+def test_names_that_are_not_utf8(folder, place):
+    path = os.fsencode(folder) + b"/" + place
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(png())
+    with pytest.raises(InputError, match=r"caf\\udce9.* is not UTF-8: rename it") as caught:
+        data.load(str(folder))
+    str(caught.value).encode()  # can be printed
+
+
+@pytest.mark.parametrize("length", [200, 20_000])
+def test_images_in_base64_get_a_short_line(tmp_path, length, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text = base64.b64encode(os.urandom(length)).decode()
+    Dataset.from_dict({"image": [text], "label": [0]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="cannot be decoded") as caught:
+        data.load(str(tmp_path / "x.parquet"))
+    assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+    rows = {"texts": [[None], [None]], "images": [[text], [str(tmp_path / "a.png")]]}
+    (tmp_path / "a.png").write_bytes(png())
+    Dataset.from_dict(rows).to_parquet(tmp_path / "o.parquet")
+    skipped = [data.interleaved(str(tmp_path / "o.parquet"), 1, seed).skipped for seed in range(6)]
+    assert any(skipped) and all(len(line) < 250 for lines in skipped for line in lines)
+
+
+def test_asked_columns_are_there_or_named():
+    images = data.load("tinyworld", "test", 1)
+    images.need("image", "color")
+    with pytest.raises(InputError, match="has no column hue and mood: it has image, .*color"):
+        images.need("image", "hue", "mood")
+
+
+def test_an_image_has_one_digest(tmp_path):
+    square, wide = (Image.new("RGB", size, (1, 2, 3)) for size in ((4, 4), (8, 2)))
+    square.save(tmp_path / "a.png")
+    wide.save(tmp_path / "b.png")
+    square.save(tmp_path / "c.png")
+    a, b, c = (data.image_digest(tmp_path / f"{name}.png") for name in "abc")
+    assert a == c != b and data.image_digest(square) == data.image_digest(square.copy()) != data.image_digest(wide)
+
+
+def test_texts_in_zstandard(tmp_path, monkeypatch):
+    path = tmp_path / "t.jsonl.zst"
+    path.write_bytes(zstandard.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    real = data.load_dataset
+    monkeypatch.setattr(data, "load_dataset", lambda name, **k: real("json", data_files=str(path), **k))
+    assert sorted(data.documents("me/texts", 2)) == ["one", "two"]
