@@ -5,16 +5,18 @@ the base image and one of a tile): its score is the mean over them. Tokens with 
 of a tiling, show none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters.crossmodal import active_features
+from mmsae_helpers.meters.feed import Meter
 from mmsae_helpers.models import attention_weights
 
 
@@ -62,6 +64,26 @@ def average(values, rows, patch, n_samples: int, n_patches: int) -> np.ndarray:
     size = n_samples * n_patches
     total = np.bincount(cell, weights=values[shown], minlength=size)
     return (total / np.maximum(np.bincount(cell, minlength=size), 1)).reshape(n_samples, n_patches)
+
+
+class PatchScores(Meter):
+    """`scores` of one SAE on prompts, and ``norm``, that of the residuals, which needs no SAE: {method: [S, P]}.
+
+    ``patch`` [samples, positions]: what each token shows in one reading of the newline tokens (`Adapter.geometry`).
+    """
+
+    def __init__(self, sae, layer: int, weights, patch, n_patches: int):
+        super().__init__(sae, layer)
+        self.weights, self.patch, self.n_patches, self.parts = weights, patch, n_patches, []
+
+    def add(self, batch, features: sp.csr_matrix) -> None:
+        patch, norm = self.patch[batch.sample, batch.position], batch.acts[self.layer].norm(dim=1)
+        found = scores(features, batch.sample, patch, batch.is_image, self.weights, self.n_patches)
+        rows = np.unique(batch.sample, return_inverse=True)[1]
+        self.parts.append(found | {"norm": average(norm, rows, patch, len(found["l0"]), self.n_patches)})
+
+    def result(self) -> dict[str, np.ndarray]:
+        return {method: np.concatenate([part[method] for part in self.parts]) for method in self.parts[0]}
 
 
 class Share(NamedTuple):
@@ -172,6 +194,20 @@ def hide(inputs: dict, patch, keep) -> dict:
     dropped = (patch >= 0) & ~keep.gather(1, patch.clamp(min=0))
     mask = inputs["attention_mask"]
     return inputs | {"attention_mask": mask.masked_fill(dropped.to(mask.device), 0)}
+
+
+def answers(keeps: Mapping[Hashable, np.ndarray], ask: Callable, batch_size: int) -> dict[Hashable, np.ndarray]:
+    """``ask(samples [B], keep [B, P])`` -> [B] of all ``keeps`` {key: bool [S, P]}, as {key: [S]}.
+
+    Each different mask of a sample is asked once, however many keys have it; samples come in order, so that like lie
+    with like.
+    """
+    masks = np.stack([np.asarray(keep, bool) for keep in keeps.values()], axis=1)  # [S, keys, P]
+    sample, flat = np.repeat(np.arange(len(masks)), len(keeps)), masks.reshape(-1, masks.shape[2])
+    _, first, which = np.unique(np.column_stack([sample, flat]), axis=0, return_index=True, return_inverse=True)
+    parts = [first[i : i + batch_size] for i in range(0, len(first), batch_size)]
+    found = np.concatenate([ask(sample[part], flat[part]) for part in tqdm(parts, "answers", mininterval=1)])
+    return dict(zip(keeps, found[which].reshape(len(masks), -1).T, strict=True))
 
 
 def iou(keep, cover) -> np.ndarray:
