@@ -149,8 +149,23 @@ def show(said: dict) -> None:
     display(Markdown(f"**{about.id}. {about.says}** {badges(said)}  \n{said['sentence']}"))
     figure = figures.forest(said, about)
     beside = "Rings: the control." if "beyond_control" in said else "There is no control."
-    what = f"{about.contrast}; {said['as_stated']['varied']}, 95 % intervals, of parts at Holm's levels. {beside}"
+    what = f"{about.contrast[:1].upper()}{about.contrast[1:]}; {said['as_stated']['varied']}, 95 % intervals, of parts at Holm's levels. {beside}"
     figures.caption(figure, what)
+
+
+def story(about, said: dict | None, notebook: str = "") -> None:
+    """A claim's section of the ledger: the paper's figure beside ours, why this world can tell or not, its history."""
+    import pandas as pd
+    from IPython.display import Markdown, display
+
+    where = f" [{notebook}]({notebook}.ipynb)" if notebook else ""
+    display(Markdown(f"### {about.id} · {about.says}\n\nPaper {about.paper}, {about.section}: {about.figure}.{where}"))
+    if said:
+        show(said)
+    display(Markdown(f"Can this world tell? *{about.decides}*: {about.because}."))
+    if about.history:
+        former = pd.DataFrame(about.history).reindex(columns=["date", "definition", "verdict", "effect", "gone"])
+        display(former.fillna("").style.hide(axis="index").set_caption("Former definitions").format(escape="html"))
 
 
 def badges(said: dict) -> str:

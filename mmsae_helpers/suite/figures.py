@@ -1,6 +1,7 @@
 """One look for every figure: colour-blind-safe, and readable without colour."""
 
 import html
+import textwrap
 
 import numpy as np
 
@@ -8,12 +9,6 @@ import numpy as np
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-VERDICT_LOOK = {
-    "replicated": ("#009E73", "✓"),
-    "contradicted": ("#D55E00", "✗"),
-    "inconclusive": ("#999999", "~"),
-    "not run": ("#F0F0F0", "–"),
-}
 
 
 def style():
@@ -135,3 +130,42 @@ def _whisker(ax, y, effect, color, **look):
     lo, hi = effect["ci"] or (effect["effect"], effect["effect"])
     ax.plot([lo, hi], [y, y], color=color, lw=1.6, marker="", ls="-")
     ax.plot(effect["effect"], y, color=color, ls="none", **look)
+
+
+def forest_of_all(entries):
+    """Figure of all measured claims of a `results.ledger`, a panel a paper.
+
+    Units differ, so an effect is drawn as its distance from what it is judged against, in half-widths of its interval,
+    to the right where it speaks for the claim: beyond 1 it is replicated, below -1 contradicted; clipped at 10.
+    """
+    import matplotlib.pyplot as plt
+
+    said = [(about, claim) for about, claim, _ in entries if claim]
+    papers = sorted({about.paper for about, _ in said})
+    heights = [sum(about.paper == paper for about, _ in said) for paper in papers] or [1]
+    size = (8.4, 0.36 * sum(heights) + 0.7 * len(heights) + 0.6)
+    fig, axes = plt.subplots(len(heights), 1, figsize=size, squeeze=False, sharex=True, height_ratios=heights)
+    looks = {"as_stated": dict(marker="D", mfc=PALETTE[0]), "beyond_control": dict(marker="o", mfc="white")}
+    for ax, paper in zip(axes.flat, papers, strict=False):
+        some = [(about, claim) for about, claim in said if about.paper == paper]
+        ax.axvspan(-1, 1, color="#eeeeee")
+        ax.axvline(0, color="#444444", lw=1, ls="--", marker="")
+        for i, (key, look) in enumerate(looks.items()):
+            ys = [y + 0.15 * (2 * i - 1) for y, (_, claim) in enumerate(some) if key in claim]
+            xs = [_half_widths(claim[key], about.direction) for about, claim in some if key in claim]
+            ax.plot(np.clip(xs, -10, 10), ys, color=PALETTE[i], ls="none", label=key.replace("_", " "), **look)
+        ax.set_yticks(range(len(some)), [f"{a.id}  {textwrap.shorten(a.says, 58, placeholder=' …')}" for a, _ in some])
+        ax.set(title=f"Paper {paper}", ylim=(len(some) - 0.5, -0.5), xlim=(-10.5, 10.5))
+        ax.tick_params(axis="y", labelsize=9)
+    axes[0, 0].legend(fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    axes[-1, 0].set_xlabel("against the claim   ←   half-widths of its interval from its threshold   →   for it")
+    return fig
+
+
+def _half_widths(effect, direction):
+    """Distance of an effect from its null in half-widths of its interval, positive for the claim; 0 without one."""
+    if effect["ci"] is None:
+        return 0.0
+    gap = effect["effect"] - effect["null"]
+    side = effect["effect"] - effect["ci"][0] if gap > 0 else effect["ci"][1] - effect["effect"]
+    return (gap if direction == "greater" else -gap) / max(side, 1e-12)
