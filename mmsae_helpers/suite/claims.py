@@ -149,8 +149,8 @@ def show(said: dict) -> None:
     display(Markdown(f"**{about.id}. {about.says}** {badges(said)}  \n{said['sentence']}"))
     figure = figures.forest(said, about)
     beside = "Rings: the control." if "beyond_control" in said else "There is no control."
-    what = f"{about.contrast[:1].upper()}{about.contrast[1:]}; {said['as_stated']['varied']}, 95 % intervals, of parts at Holm's levels. {beside}"
-    figures.caption(figure, what)
+    what = f"{about.contrast[:1].upper()}{about.contrast[1:]}; {said['as_stated']['varied']}, 95 % intervals"
+    figures.caption(figure, f"{what}, of parts at Holm's levels. {beside}")
 
 
 def story(about, said: dict | None, notebook: str = "") -> None:
