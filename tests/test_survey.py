@@ -5,23 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 
 from mmsae_helpers import saes
 from mmsae_helpers.activations import TokenBatch
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters.feed import feed
-from mmsae_helpers.meters.survey import (
-    BIN_EDGES,
-    Survey,
-    for_browser,
-    intervals,
-    judged,
-    known,
-    over_seeds,
-    per_seed,
-    survey,
-)
+from mmsae_helpers.meters.purity import Purity, alike
+from mmsae_helpers.meters.survey import BIN_EDGES, Survey, for_browser, judged, shares, slopes, survey
 
 F, D, S = 6, 6, 9
 
@@ -58,8 +50,8 @@ ATTRIBUTES = pd.DataFrame({"color": ["red", "blue", "green"] * 3})
 
 
 def test_equals_plain_loops():
-    key = (0, "a", 0)
-    table, kept = survey({key: _sae()}, _batches(), EMBEDDINGS, keep=[key], attributes=ATTRIBUTES, names=NAMES, k=2)
+    key, about = ("a", 0, 1.0, 0), {"attributes": ATTRIBUTES, "names": NAMES, "k": 2}
+    table, kept = survey({"a": {key[1:]: _sae()}}, _batches(), EMBEDDINGS, keep=[key], **about)
     one = kept[key]
     acts = np.zeros((S, F))
     tokens = np.concatenate([b.acts[0].numpy() for b in _batches()]).clip(0)
@@ -93,7 +85,7 @@ def test_an_image_each():
 
 
 def test_a_few_at_a_time_is_all_at_once_and_the_seed_deals_the_controls():
-    saes_ = {(0, "a", seed): _sae() for seed in (0, 1, 2)}
+    saes_ = {"a": {(0, 1.0, seed): _sae() for seed in (0, 1, 2)}}
     whole, _ = survey(saes_, list(_batches()), EMBEDDINGS, attributes=ATTRIBUTES, names=NAMES)
     parts, kept = survey(saes_, list(_batches()), EMBEDDINGS, together=2, attributes=ATTRIBUTES, names=NAMES)
     pd.testing.assert_frame_equal(whole, parts)
@@ -103,9 +95,31 @@ def test_a_few_at_a_time_is_all_at_once_and_the_seed_deals_the_controls():
     assert by["purity_control"].sum().nunique() == by["word_purity_control"].sum().nunique() == 3
 
 
-def test_judged_and_per_seed():
+def test_swapped_captions_are_judged_by_image_and_by_caption():
+    swap = np.random.default_rng(2).permutation(S)
+    about = {"attributes": ATTRIBUTES, "names": NAMES, "swap": swap, "draws": 2}
+    keys = [("a", 0, 1.0, seed) for seed in (0, 1)]
+    table, kept = survey({"a": {key[1:]: _sae() for key in keys}}, list(_batches()), EMBEDDINGS, keep=keys[:1], **about)
+    read, alone = [i for i in range(S) if i != 4], Purity(ATTRIBUTES.iloc[swap], F)
+    tops = survey({"a": {keys[0][1:]: _sae()}}, _batches(), EMBEDDINGS, keep=keys[:1], **about | {"k": S})[1][
+        keys[0]
+    ].tops
+    maxima = np.zeros((S, F), np.float32)
+    for feature, (ids, values) in enumerate(zip(tops.ids, tops.values, strict=True)):
+        maxima[ids[ids >= 0], feature] = values[ids >= 0]
+    alone.add(sp.csr_matrix(maxima[read]), read)
+    np.testing.assert_allclose(table["said"][:F], alone.score()["purity"])
+    assert kept[keys[0]].purity["purity"].bootstrap().shape == (2, F) and len(kept) == 1
+    found = judged(table, 1, 0.8, 0.1)
+    larger = table["purity"] >= table["said"]
+    assert found["source"].any() and (found["image"] == (found["source"] & larger)).all() and not found["image"][5]
+    of = shares(found, "image", among="source")
+    assert of["seed"].tolist() == [0, 1] and of["value"][0] == larger[:F][found["source"][:F]].mean()
+
+
+def _judged(**changed):
     n = 50
-    base = {"layer": 0, "arm": "a", "n_tokens": 40, "frequency": 0.5, "similarity": 0.5, "similarity_control": 0.4}
+    base = {"layer": 0, "arm": "a", "penalty": 1.0, "n_tokens": 40, "frequency": 0.5, "similarity": 0.5}
     rows = pd.DataFrame(base | {"seed": np.repeat([0, 1], n), "n_images": 40}, index=range(2 * n))
     rows["purity_control"] = rows["word_purity_control"] = np.tile(np.linspace(0, 0.4, n), 2)
     rows["purity"] = np.tile([0.9, 0.6, 0.1, 0.1] + [np.nan] * (n - 4), 2)
@@ -113,18 +127,34 @@ def test_judged_and_per_seed():
     rows.loc[rows["purity"].isna(), "n_images"] = 0
     rows.loc[n + 4, "n_images"] = 5
     rows.loc[3, "n_images"] = 8
-    found = per_seed(judged(rows, 8, 0.8, 0.5))
-    assert (
-        found["features"].tolist() == [4, 4] and found["rare"].tolist() == [1, 1] and found["dead"].tolist() == [46, 45]
-    )
-    assert found["pure"].tolist() == [0.25, 0.25] and found["impure"].tolist() == [0.5, 0.5]
-    assert found["means_attribute"].tolist() == found["means_word"].tolist() == [0.5, 0.5]
-    assert found["polysemous"].tolist() == [0.25, 0.25]
-    silent = per_seed(judged(rows.assign(n_images=0), 8, 0.8, 0.5))
-    assert silent["features"].tolist() == [0, 0] and silent["pure"].isna().all()
-    none = intervals(silent)[0, "a"]
-    assert set(known(none)) == {"features", "rare", "dead"}
-    assert str(none["pure"]) == "nan" and none["features"].value == 0 and over_seeds([]).n == 0
+    return judged(rows.assign(**changed), 8, 0.8, 0.5)
+
+
+def test_judged_and_shares():
+    found = _judged()
+    by = found.groupby("seed")
+    assert by["counts"].sum().tolist() == [4, 4]
+    share = {what: shares(found, what)["value"].tolist() for what in found if found[what].dtype == bool}
+    assert share["pure"] == [0.25, 0.25] and share["impure"] == [0.5, 0.5]
+    assert share["means_attribute"] == share["means_word"] == [0.5, 0.5]
+    assert share["polysemous"] == [0.25, 0.25]
+    assert shares(found, found["purity"] >= 0.6)["value"].tolist() == [0.5, 0.5]
+    silent = _judged(n_images=0)
+    assert not silent["counts"].any() and shares(silent, "pure")["value"].tolist() == [0, 0]
+    assert set(shares(found, "pure")) == {"arm", "layer", "penalty", "seed", "value"}
+
+
+def test_slopes_compare_features_that_fire_on_as_many_images():
+    rows = pd.DataFrame({"arm": "a", "layer": 0, "seed": 0, "counts": True, "penalty": [1.0, 2, 4] * 4})
+    rows["n_images"] = np.repeat([10, 100], 6)
+    rows["purity"] = np.log2(rows["penalty"]) * 0.05 + np.where(rows["n_images"] == 10, 0.5, 0)
+    rare = pd.concat([rows, rows[:3].assign(penalty=4.0)], ignore_index=True)  # more rare features at a large penalty
+    rare.loc[12:, "purity"] = 0.6
+    left_out = [rare[:1].assign(counts=False, purity=9.0), rare[:1].assign(purity=np.nan)]
+    rare = pd.concat([rare, *left_out], ignore_index=True)
+    assert slopes(rare, "purity", alike(rare["n_images"]))["value"].tolist() == pytest.approx([0.05])
+    plain = slopes(rare, "purity")
+    assert plain["value"][0] > 0.06 and set(plain) == {"arm", "layer", "seed", "value"}
 
 
 def test_matched_random_directions_fire_as_often_feature_by_feature():

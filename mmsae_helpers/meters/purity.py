@@ -113,11 +113,14 @@ class Purity:
         return np.concatenate(shares)
 
 
-def beyond_chance(purity: pd.Series, control: pd.Series, n: pd.Series, by=(), level: float = 0.95) -> pd.Series:
-    """Whether each purity is above the ``level`` quantile of the controls of features with as large an ``n``.
+def alike(n: pd.Series) -> pd.Series:
+    """Classes of counts (images or tokens on which a feature fires) that are alike, within a factor of 1.4."""
+    return np.log2(n.clip(lower=1)).mul(2).round()
 
-    All indexed alike; n, images or tokens on which a feature fires, counts as alike within a factor of 1.4; ``by``:
-    series within whose groups alone features are compared.
+
+def beyond_chance(purity: pd.Series, control: pd.Series, n: pd.Series, by=(), level: float = 0.95) -> pd.Series:
+    """Whether each purity is above the ``level`` quantile of the controls of features with as large an ``n`` (`alike`).
+
+    All indexed alike; ``by``: series within whose groups alone features are compared.
     """
-    alike = np.log2(n.clip(lower=1)).mul(2).round()
-    return purity > control.groupby([*by, alike]).transform("quantile", level)
+    return purity > control.groupby([*by, alike(n)]).transform("quantile", level)

@@ -1,7 +1,7 @@
 """What one pass over captioned images says about every feature of an SAE.
 
 Shapes: S images, N tokens, F features, V words. A feature's activation on an image is its largest over the tokens of
-the image's text.
+the text read with the image.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ from mmsae_helpers.meters.purity import Purity, Similarity, beyond_chance
 from mmsae_helpers.meters.top_images import TopImages, image_maxima
 from mmsae_helpers.meters.words import WordMeans, label, next_tokens
 from mmsae_helpers.saes import groups
-from mmsae_helpers.suite.results import Interval, mean_ci
 from mmsae_helpers.workers import crew
 
 BIN_EDGES = np.geomspace(1e-2, 1e2, 25)  # of the histograms of activations; what lies outside counts in the end bins
+KEYS = ["arm", "layer", "penalty", "seed"]  # of an SAE in a table
 
 
 class Survey(Meter):
-    """Of one SAE: ``tops`` (`features.TopImages`), ``words`` (`labels.WordMeans`), ``purity`` (`Purity`), ``histogram``
-    [F, bins] of positive activations over tokens, ``n_tokens``, and `table`. ``embeddings`` [S, d] and ``attributes``
-    (DataFrame [S, A] of strings) are of all images; ``names``: the word of every token id. An image without a token (an
-    empty caption) fires nothing and counts in frequency. ``seed`` deals out images and words for the controls. Memory
-    F x (2 d + 2 V (1 + ``draws``)), V attribute values, and the words seen: whatever the number of images.
+    """Of one SAE: ``tops`` (`TopImages`), ``words`` (`WordMeans`), ``purity`` {score: `Purity`}, ``histogram``
+    [F, bins] of positive activations over tokens, ``n_tokens``, and `table`.
+
+    ``embeddings`` [S, d] and ``attributes`` (DataFrame [S, A] of strings) are of all images; ``names``: the word of
+    every token id; ``swap`` [S]: the image whose caption is read with each, where captions are swapped. An image
+    without a token (an empty caption) fires nothing and counts in frequency. ``seed`` deals out images and words for
+    the controls. Memory F x (d + 2 V (1 + ``draws``)), V attribute values, and the words seen, however many images.
     """
 
     def __init__(
-        self, sae, layer: int, embeddings, attributes: pd.DataFrame, names: Mapping[int, str], *, k: int = 9,
+        self, sae, layer: int, embeddings, attributes: pd.DataFrame, names: Mapping[int, str], *, swap=None, k: int = 9,
         min_images: int = 1, seed: int = 0, draws: int = 0,
     ):  # fmt: skip
         if len(embeddings) != len(attributes):
@@ -48,11 +50,11 @@ class Survey(Meter):
         self.names, self.min_images = names, min_images
         self.n_tokens, self.n = 0, len(attributes)
         self._chance = np.random.default_rng(seed)
-        self.dealt = self._chance.permutation(self.n)
-        self.tops = TopImages(d_sae, k)
+        self.tops, self.similarity = TopImages(d_sae, k), Similarity(d_sae, self.embeddings.shape[1])
         self.words, self.words_control = (WordMeans(len(names), d_sae) for _ in range(2))
-        self.similarity, self.similarity_control = (Similarity(d_sae, self.embeddings.shape[1]) for _ in range(2))
-        self.purity, self.purity_control = Purity(attributes, d_sae, draws=draws), Purity(attributes, d_sae, seed)
+        about = {"purity": attributes} | ({} if swap is None else {"said": attributes.iloc[swap]})
+        self.purity = {name: Purity(of, d_sae, draws=draws * (name == "purity")) for name, of in about.items()}
+        self.purity |= {f"{name}_control": Purity(of, d_sae, seed) for name, of in about.items()}
         self.histogram = np.zeros((d_sae, len(BIN_EDGES) - 1), np.int64)
         self.sum = np.zeros(d_sae)
 
@@ -69,107 +71,89 @@ class Survey(Meter):
         self.histogram += flat.reshape(self.histogram.shape)
         self.sum += np.asarray(found.sum(axis=0, dtype=np.float64)).ravel()
         ids, maxima = image_maxima(found, batch.sample.numpy())
-        for measure in (self.tops, self.purity, self.purity_control):
+        for measure in (self.tops, *self.purity.values()):
             measure.add(maxima, ids)
         self.similarity.add(maxima, self.embeddings[ids])
-        self.similarity_control.add(maxima, self.embeddings[self.dealt[ids]])
 
     def table(self) -> pd.DataFrame:
         """A row a feature: feature, n_images it fires on, frequency (their share), n_tokens, max and mean activation;
-        similarity; purity with the attribute and value it is pure in; word_purity with its label and kind
-        (`labels.label`); and each score with images and words dealt out at random (``_control``)."""
-        pure = self.purity.score()
-        count = {"min_purity": 0.0, "min_count": self.min_images}
-        word, chance = (label(of, self.names, **count) for of in (self.words, self.words_control))
-        word, chance = (of.set_index("feature").reindex(pure.index) for of in (word, chance))
-        return pd.DataFrame(
-            {
-                "feature": pure.index,
-                "n_images": self.tops.n_images,
-                "frequency": self.tops.n_images / self.n,
-                "n_tokens": self.histogram.sum(axis=1),
-                "max": self.tops.values[:, 0],
-                "mean": self.sum / max(self.n_tokens, 1),
-                "similarity": self.similarity.score(),
-                "similarity_control": self.similarity_control.score(),
-                **pure,
-                "purity_control": self.purity_control.score()["purity"],
-                "label": word["label"].fillna(""),
-                "kind": word["kind"].fillna(""),
-                "word_purity": word["purity"],
-                "word_purity_control": chance["purity"],
-            }
-        )
+        similarity; purity with the attribute and value it is pure in, said, its purity in what a swapped caption says,
+        and both with images dealt out at random (``_control``); word_purity with its label and kind (`words.label`),
+        and word_purity_control with words dealt out."""
+        table = self.purity["purity"].score().rename_axis("feature").reset_index()
+        table = table.assign(**{name: of.score()["purity"] for name, of in self.purity.items()})
+        fires, similarity, largest = self.tops.n_images, self.similarity.score(), self.tops.values[:, 0]
+        table = table.assign(n_images=fires, frequency=fires / self.n, n_tokens=self.histogram.sum(axis=1), max=largest)
+        table = table.assign(mean=self.sum / max(self.n_tokens, 1), similarity=similarity)
+        both = (label(of, self.names, 0.0, self.min_images) for of in (self.words, self.words_control))
+        word, chance = (of.set_index("feature").reindex(table.index) for of in both)
+        table = table.assign(label=word["label"].fillna(""), kind=word["kind"].fillna(""))
+        return table.assign(word_purity=word["purity"], word_purity_control=chance["purity"])
 
 
-def survey(
-    saes: Mapping[tuple, object], tokens: Iterable, embeddings, *, device="cpu", together=None, keep=(), **options
-):
-    """Surveys every SAE by its key (layer, arm, seed); options as of `Survey`, whose seed is the key's.
+def survey(arms: Mapping, tokens: Iterable, embeddings, *, device="cpu", together=None, keep=(), draws=0, **options):
+    """Surveys every SAE of {arm: {(layer, penalty, seed): SAE}}; options as of `Survey`, whose seed is the SAE's.
 
-    Returns their tables in one, with columns layer, arm, seed, and {key: `Survey`} of those in ``keep``; the others'
-    sums are freed. ``together``: so many in one pass over ``tokens`` (all), lent to ``device`` meanwhile.
+    Returns their tables in one, with columns `KEYS`, and {(arm, layer, penalty, seed): `Survey`} of those in ``keep``,
+    which alone have ``draws``; the others' sums are freed. ``together``: so many in one pass over ``tokens`` (all),
+    lent to ``device`` meanwhile.
     """
+    saes = {(arm, *key): sae for arm, some in arms.items() for key, sae in some.items()}
     tables, kept = [], {}
-    for part in groups({key: saes[key] for key in sorted(saes)}, together):
-        surveys = {key: Survey(sae, key[0], embeddings, seed=key[-1], **options) for key, sae in part.items()}
+    for part in groups(saes, together):
+        own = {key: options | {"seed": key[-1], "draws": draws if key in keep else 0} for key in part}
+        surveys = {key: Survey(sae, key[1], embeddings, **own[key]) for key, sae in part.items()}
         feed(surveys, tokens, device=device)
         with crew() as each:
             found = each(Survey.table, surveys.values())
-        tables += [of.assign(layer=key[0], arm=key[1], seed=key[2]) for key, of in zip(part, found, strict=True)]
+        tables += [of.assign(**dict(zip(KEYS, key, strict=True))) for key, of in zip(part, found, strict=True)]
         kept |= {key: one for key, one in surveys.items() if key in keep}
     return pd.concat(tables, ignore_index=True), kept
 
 
 def judged(table: pd.DataFrame, min_images: int, monosemantic: float, polysemous: float) -> pd.DataFrame:
-    """`survey`'s table with a column ``counts``, True for features that fire on at least ``min_images`` images, and of
-    these alone (else nan) as 0 or 1: ``pure`` and ``pure_control``, purity >= ``monosemantic``; ``impure``, purity <
-    ``polysemous``; ``means_attribute`` and ``means_word``, that purity >= ``polysemous`` and `beyond_chance` among the
-    features of its layer and arm; ``polysemous``, neither."""
-    table = table.assign(counts=table["n_images"] >= min_images)
-    counted = table[table["counts"]]
-    by = [counted["layer"], counted["arm"]]
+    """`survey`'s table with columns of True and False: ``counts``, fires on at least ``min_images`` images; and of
+    those that count, ``pure`` and ``pure_control``: purity >= ``monosemantic``; ``impure``: < ``polysemous``;
+    ``means_attribute`` and ``means_word``: >= ``polysemous`` and `beyond_chance` among the features of its arm, layer
+    and penalty; ``polysemous``: neither; and of swapped captions, ``source``: the purer of image and caption is so, and
+    ``image``: that is the image."""
+    counts = table["n_images"] >= min_images
+    counted = table[counts]
+
+    def means(purity, control, n):
+        beyond = beyond_chance(purity, control, counted[n], [counted[key] for key in KEYS[:-1]])
+        return (purity >= polysemous) & beyond
+
     said = pd.DataFrame({"pure": counted["purity"] >= monosemantic, "impure": counted["purity"] < polysemous})
     said["pure_control"] = counted["purity_control"] >= monosemantic
-    for what, score, n in (("attribute", "purity", "n_images"), ("word", "word_purity", "n_tokens")):
-        beyond = beyond_chance(counted[score], counted[f"{score}_control"], counted[n], by)
-        said[f"means_{what}"] = (counted[score] >= polysemous) & beyond
+    said["means_attribute"] = means(counted["purity"], counted["purity_control"], "n_images")
+    said["means_word"] = means(counted["word_purity"], counted["word_purity_control"], "n_tokens")
     said["polysemous"] = ~(said["means_attribute"] | said["means_word"])
-    return table.assign(**said.astype(float).reindex(table.index))
+    if "said" in table:
+        said["source"] = means(
+            *(counted[["purity" + of, "said" + of]].max(axis=1) for of in ("", "_control")), "n_images"
+        )
+        said["image"] = said["source"] & (counted["purity"] >= counted["said"])
+    return table.assign(counts=counts, **said.reindex(table.index, fill_value=False))
 
 
-def per_seed(table: pd.DataFrame, k: int = 9) -> pd.DataFrame:
-    """Of a `judged` table by layer, arm and seed: means over the features that count (nan where there are none), their
-    number ``features``, their median ``frequency``, and how many are ``dead`` or ``rare``: on none, on fewer than ``k``
-    images."""
-    keys = ["layer", "arm", "seed"]
-    counted = table[table["counts"]].groupby(keys)
-    scores = [f"{score}{of}" for score in ("similarity", "purity", "word_purity") for of in ("", "_control")]
-    said = ["pure", "pure_control", "impure", "means_attribute", "means_word", "polysemous"]
-    whole = table.groupby(keys)
-    result = counted[[*said, *scores]].mean().reindex(whole.size().index)
-    result["frequency"] = counted["frequency"].median()
-    result["features"] = whole["counts"].sum()
-    result["rare"] = whole["n_images"].agg(lambda n: ((n > 0) & (n < k)).sum())
-    result["dead"] = whole["n_images"].agg(lambda n: (n == 0).sum())
-    return result
+def shares(table: pd.DataFrame, what, among="counts") -> pd.DataFrame:
+    """Of each SAE of a `judged` table, the share of features that are ``what`` among those that are ``among`` (columns,
+    or True and False by feature): columns `KEYS` and value, which is 0 where there are none."""
+    what, among = (table[one] if isinstance(one, str) else one for one in (what, among))
+    sizes = pd.DataFrame({"what": what & among, "among": among}).groupby([table[key] for key in KEYS], sort=False).sum()
+    return (sizes["what"] / sizes["among"].clip(lower=1)).rename("value").reset_index()
 
 
-def over_seeds(values) -> Interval:
-    """`results.mean_ci`; nan without an interval, n 0, where a seed has no value or there is none."""
-    values = np.asarray([*values], float)
-    return mean_ci(values) if len(values) and np.isfinite(values).all() else Interval(np.nan, None, None, 0)
-
-
-def intervals(by_seed: pd.DataFrame) -> dict[tuple, dict[str, Interval]]:
-    """`over_seeds` of every column, by the index's levels but for seed."""
-    levels = [name for name in by_seed.index.names if name != "seed"]
-    return {key: {c: over_seeds(part[c]) for c in part} for key, part in by_seed.groupby(level=levels)}
-
-
-def known(values: Mapping[str, Interval]) -> dict[str, Interval]:
-    """Those that `over_seeds` found a value for."""
-    return {name: value for name, value in values.items() if value.n}
+def slopes(table: pd.DataFrame, score: str, like=None) -> pd.DataFrame:
+    """Least-squares slope of a score over log2 of the penalty by arm, layer and seed, over the features of a `judged`
+    table that count, and within classes that are ``like`` (a series, as of `purity.alike`): columns as of `shares`."""
+    table = table[table["counts"]].dropna(subset=score)
+    by = [table[key] for key in ("arm", "layer", "seed")]
+    both = pd.DataFrame({"x": np.log2(table["penalty"].astype(float)), "y": table[score]})
+    both -= both.groupby([*by, like] if like is not None else by).transform("mean")
+    sums = pd.DataFrame({"xy": both["x"] * both["y"], "xx": both["x"] ** 2}).groupby(by).sum()
+    return (sums["xy"] / sums["xx"]).rename("value").reset_index()
 
 
 def where_it_looked(captioner, saes: Mapping[int, object], ids: Mapping[int, np.ndarray], batches: Iterable) -> dict:
