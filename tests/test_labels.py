@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -112,10 +113,13 @@ def test_shuffle_keeps_the_words():
 class IdentitySAE:
     """Features are the positive coordinates of the residual: what they do can be read off the input."""
 
-    cfg = SimpleNamespace(d_sae=6)
+    cfg, W_enc = SimpleNamespace(d_sae=6), torch.eye(6)
 
     def encode(self, x):
         return torch.relu(x)
+
+    def process_sae_in(self, x):
+        return x
 
 
 class Words:
@@ -163,11 +167,38 @@ def test_a_scan_in_parts_equals_the_definition():
     assert np.allclose(one.maxima, dense.max(1)[:, [4, 1]])
     on_object = (dense * cover[..., None]).sum((0, 1)) / dense.sum((0, 1))
     assert np.allclose(one.share(), on_object[[4, 1]])
+    assert np.allclose(one.pointing, one.maxima), "these features fire as far as they point"
     top = np.where(dense.max(2) > 0, dense.argmax(2), -1)
     expected = np.array(
         [[sum(f in set(top[i]) for i in range(8) if classes[i] == c) for f in range(6)] for c in (0, 1)]
     )
     assert (one.occurrences.counts == expected).all()
+
+
+def test_a_silent_feature_points_nevertheless():
+    """Average precision of the projection is that of what enters the ReLU, whatever the thresholds."""
+    rng = np.random.default_rng(1)
+    acts, sample = rng.normal(size=(20 * 4, 6)).astype(np.float32) - 3, np.repeat(range(20), 4)
+    batch = token_batch(acts, sample, np.tile(range(4), 20), patch=np.tile(range(4), 20))
+    one = labels.ImageScan(IdentitySAE(), 3, [2], np.zeros(20, int), 1)
+    feed({"a": one}, [batch])
+    assert not one.maxima.any() and np.allclose(one.pointing[:, 0], acts[:, 2].reshape(20, 4).max(1))
+    truth = pd.DataFrame({"red": one.pointing[:, 0] > np.median(one.pointing), "the": True})
+    found = pd.DataFrame({"label": ["red"]})
+    assert labels.lift(one.pointing, found, truth) == pytest.approx([0.5])
+    assert labels.lift(one.maxima, found, truth) == pytest.approx([0.0]), "silent: all images tie"
+
+
+def test_lift_is_precision_above_the_base_rate_and_chance_without_a_label():
+    rng = np.random.default_rng(2)
+    scores, truth = rng.random((50, 3)), pd.DataFrame({"red": rng.random(50) < 0.3, "star": rng.random(50) < 0.5})
+    found = pd.DataFrame({"label": ["star", "red", "on"]})
+    expected = [
+        average_precision_score(truth[w], scores[:, i]) - truth[w].mean() for i, w in enumerate(["star", "red"])
+    ]
+    assert labels.lift(scores, found, truth) == pytest.approx(expected), "no image is said to be 'on' or not"
+    assert labels.lift(scores, found, truth, among={"red"}) == pytest.approx(expected[1:])
+    assert labels.lift(scores[:, :0], found[:0], truth).tolist() == [0.0]
 
 
 def test_top_features_and_whether_their_labels_describe_the_classes():

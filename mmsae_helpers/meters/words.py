@@ -102,22 +102,28 @@ class ImageScan(Meter):
     """What one pass over image tokens says about one SAE.
 
     ``occurrences``: images of each class that retrieve each feature (`occurrences.OccurrenceCounter`). Of the features
-    ``wanted``: ``maxima`` [S, F], the largest activation over each image's tokens, and ``share()`` [F], how much of the
-    activation falls on the object (``cover`` [S, patches] from `data.ImageData.object_cover`, or None).
+    ``wanted``: ``maxima`` [S, F], the largest activation over each image's tokens; ``pointing`` [S, F], the largest
+    projection on the feature's encoder direction, however far below its threshold (a constant less than what enters the
+    ReLU, to which ranks are blind); and ``share()`` [F], how much of the activation falls on the object (``cover``
+    [S, patches] from `data.ImageData.object_cover`, or None).
     """
 
     def __init__(self, sae, layer: int, wanted, class_labels, n_classes: int, cover=None, scale: float = 1.0):
         super().__init__(sae, layer, scale)
-        self.cover, self.wanted = cover, np.asarray(wanted, np.int64)
+        self.cover, self.wanted = cover, np.array(wanted, np.int64)
         self.occurrences = OccurrenceCounter(class_labels, n_classes, sae.cfg.d_sae)
-        self.maxima = np.zeros((len(class_labels), len(self.wanted)), np.float32)
+        self.maxima, self.pointing = np.zeros((2, len(class_labels), len(self.wanted)), np.float32)
         self.on_object, self.total = np.zeros((2, len(self.wanted)))
 
     def add(self, batch, features: sp.csr_matrix) -> None:
-        """Take in a TokenBatch of whole images."""
+        """Take in a TokenBatch of whole images, each one's tokens together."""
         sample = batch.sample.numpy()
         self.occurrences.add(retrieve_top1(features), sample)
-        self.maxima[np.unique(sample)] = max_per_sample(features, sample, self.wanted)
+        ids, starts = np.unique(sample, return_index=True)
+        self.maxima[ids] = max_per_sample(features, sample, self.wanted)
+        directions = self.sae.W_enc[:, self.wanted]
+        projected = self.sae.process_sae_in(batch.acts[self.layer].to(directions) * self.scale) @ directions
+        self.pointing[ids] = np.maximum.reduceat(projected.float().cpu().numpy(), starts)
         if self.cover is not None:
             share = share_on_object(features, sample, batch.patch.numpy(), self.cover, self.wanted)
             self.on_object += share.on_object
@@ -166,6 +172,18 @@ def detection(max_acts: np.ndarray, truth: np.ndarray, k: int = 200) -> pd.DataF
     columns = zip(np.asarray(max_acts).T, np.asarray(truth, dtype=bool).T, strict=True)
     names = ["average_precision", "auroc", "precision_at_k", "base_rate"]
     return pd.DataFrame([_detection(score, true, k) for score, true in columns], columns=names, dtype=float)
+
+
+def lift(maxima, labels: pd.DataFrame, concepts: pd.DataFrame, among=None) -> np.ndarray:
+    """Average precision less the base rate of every labelled feature, of those whose label is ``among`` (all), [F].
+
+    ``maxima`` [S, F] and ``labels`` in the same order, ``concepts`` from `data.ImageData.concepts`. Where no feature
+    is labelled with a word that is true of some images and false of others, a single 0: as good as chance.
+    """
+    known = labels["label"].isin(concepts.columns if among is None else among).to_numpy()
+    found = detection(maxima[:, known], concepts[labels["label"][known]].to_numpy())
+    gain = (found["average_precision"] - found["base_rate"]).dropna().to_numpy()
+    return gain if len(gain) else np.zeros(1)
 
 
 def _detection(score: np.ndarray, true: np.ndarray, k: int) -> tuple[float, float, float, float]:
