@@ -1,12 +1,11 @@
 """The stream of residual activations: several hook points in one pass, stopping after the last hooked block.
 
-Block outputs are read by forward hooks (``blocks.L.hook_resid_post``), never from ``hidden_states``, whose
-last entry transformers returns after the final norm. Shapes: B inputs, T positions (padded right), N kept
-tokens.
+Block outputs are read by forward hooks (``blocks.L.hook_resid_post``), never from ``hidden_states``, whose last entry
+transformers returns after the final norm. Shapes: B inputs, T positions (padded right), N kept tokens.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -66,30 +65,19 @@ def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> It
     _check("reading", reading, Reading)
     found: dict[int, torch.Tensor] = {}
 
-    def store(layer: int, residual: torch.Tensor) -> None:
+    def see(layer, _block, args, kwargs, output=None):
         if layer in found:
             raise RuntimeError(f"block {layer} ran twice in one hooked context; run one forward per context")
-        found[layer] = residual
+        shown = output if output is not None else args or kwargs["hidden_states"]
+        found[layer] = shown[0] if isinstance(shown, tuple) else shown
         if layer == layers[-1]:
             raise _Stop
 
-    def before(layer, _block, args, kwargs):
-        store(layer, args[0] if args else kwargs["hidden_states"])
-
-    def after(layer, _block, _args, output):
-        store(layer, output[0] if isinstance(output, tuple) else output)
-
-    def hook(layer: int):
-        if reading == "as_published":
-            return adapter.blocks[layer].register_forward_pre_hook(partial(before, layer), with_kwargs=True)
-        return adapter.blocks[layer].register_forward_hook(partial(after, layer))
-
-    handles = [hook(layer) for layer in layers]
-    try:
+    register = "register_forward_pre_hook" if reading == "as_published" else "register_forward_hook"
+    with ExitStack() as handles:
+        for layer in layers:
+            handles.enter_context(getattr(adapter.blocks[layer], register)(partial(see, layer), with_kwargs=True))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def run(adapter, inputs: dict[str, torch.Tensor]) -> None:
@@ -116,14 +104,9 @@ def stream(
         is_image, patch = _image_positions(adapter, inputs, reading)
         mask = kept(adapter, inputs, is_image, keep, keep_special)
         row, position = (i.cpu() for i in mask.nonzero(as_tuple=True))
-        yield TokenBatch(
-            acts={layer: found[layer][mask].float().cpu() for layer in found},
-            sample=sample.cpu()[row],
-            position=position,
-            token=inputs["input_ids"][mask].cpu(),
-            is_image=is_image[mask].cpu(),
-            patch=patch[mask].cpu(),
-        )
+        acts = {layer: found[layer][mask].float().cpu() for layer in found}
+        beside = (x[mask].cpu() for x in (inputs["input_ids"], is_image, patch))
+        yield TokenBatch(acts, sample.cpu()[row], position, *beside)
 
 
 def means(tokens: Iterable[TokenBatch]) -> Means:
@@ -144,11 +127,10 @@ def means(tokens: Iterable[TokenBatch]) -> Means:
 
 def _image_positions(adapter, inputs, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions the reading takes for image tokens [B, T] bool, and their patch [B, T] (-1 elsewhere)."""
-    ids_bt = inputs["input_ids"]
     if reading == "corrected":
         return adapter.geometry(inputs)[:2]
-    is_image = adapter.image_mask(ids_bt)
-    offset = torch.arange(ids_bt.shape[1], device=ids_bt.device) - PUBLISHED_IMAGE_START
+    is_image = adapter.image_mask(inputs["input_ids"])
+    offset = torch.arange(is_image.shape[1], device=is_image.device) - PUBLISHED_IMAGE_START
     taken = (offset >= 0) & (offset < is_image.sum(dim=1, keepdim=True))
     return taken, torch.where(taken, offset, -1)
 

@@ -7,7 +7,7 @@ config. Shapes: B inputs, T positions (padded right).
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,19 +45,14 @@ class Adapter:
 
     def __init__(self, name: str, model, tokenizer, processor=None):
         self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
+        self.family: str = model.config.model_type
         self.config = model.config.get_text_config()
         self.d_model: int = self.config.hidden_size
         self.n_layers: int = self.config.num_hidden_layers
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # attention is masked there
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
             raise InputError(f"the tokenizer of {name} has no pad, eos or unk token: name one as its pad_token")
         tokenizer.padding_side = "right"
-
-    @property
-    def family(self) -> str:
-        """transformers' ``model_type``."""
-        return self.model.config.model_type
 
     @property
     def device(self) -> torch.device:
@@ -88,17 +83,14 @@ class Adapter:
         image = image and self.image_token_id is not None
         token = self.tokenizer.convert_ids_to_tokens(self.image_token_id) if image else ""
         parts = [{"type": "image"}] * image + [{"type": "text", "text": question}]
-        options, why = dict(chat_template=template, tokenize=False, add_generation_prompt=True), ""
+        options = dict(chat_template=template, tokenize=False, add_generation_prompt=True)
         for content in (parts, f"{token}\n{question}" if image else question):  # the two forms that templates know
-            try:
+            with suppress(Exception):  # a template may do anything with the form that it does not know
                 text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], **options)
-            except Exception as error:  # a template may do anything with the form that it does not know
-                why = f" ({first_line(error)})"
-                continue
-            as_python = isinstance(content, list) and ("{'type'" in text or '{"type"' in text)
-            if token in text and question in text and not as_python:
-                return text
-        raise InputError(f"the chat template of {self.name} drops the image or the question{why}")
+                printed = content is parts and ("{'type'" in text or '{"type"' in text)
+                if token in text and question in text and not printed:
+                    return text
+        raise InputError(f"the chat template of {self.name} fails, or drops the image or the question")
 
     def raw(self, text: str) -> str:
         """A document in which no word stands for an image or for BOS: a space splits those that would."""
@@ -207,18 +199,16 @@ class LlavaAdapter(Adapter):
         super().__init__(name, model, tokenizer, processor)
         config, vision = model.config, model.config.vision_config
         self.image_token_id = config.image_token_id
-        side = vision.image_size // vision.patch_size
-        self.patch_grid = (side, side)
+        self.patch_grid = (vision.image_size // vision.patch_size,) * 2
         # Processors saved before transformers 4.45 do not carry these three; the config always does.
         processor.patch_size = vision.patch_size
         strategy = processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        parameters = [key for key, _ in model.model.vision_tower.named_parameters()]
-        n_class = sum(key.endswith(("class_embedding", "cls_token")) for key in parameters)
-        processor.num_additional_image_tokens = n_class
-        self._offset = (strategy == "default") - n_class
+        weights = model.model.vision_tower.named_parameters()
+        n_class = sum(key.endswith(("class_embedding", "cls_token")) for key, _ in weights)
+        processor.num_additional_image_tokens, self._offset = n_class, (strategy == "default") - n_class
         if self._offset and self.family == "llava_next":
-            tower = f"a tower ({vision.model_type}) of {n_class} class tokens"
-            raise InputError(f"{name}: vision_feature_select_strategy {strategy!r} does not fit {tower}")
+            misfit = f"{strategy!r} does not fit a tower ({vision.model_type}) of {n_class} class tokens"
+            raise InputError(f"{name}: vision_feature_select_strategy {misfit}")
 
     @torch.no_grad()
     def vision_features(self, images: Sequence[Image.Image]) -> Tensor:
@@ -226,8 +216,7 @@ class LlavaAdapter(Adapter):
         pixels = self.processor.image_processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
         pixels = pixels[:, 0] if pixels.dim() == 5 else pixels
         hidden = self.model.model.vision_tower(pixels.to(self.device, self.model.dtype), output_hidden_states=True)
-        layers = self.model.config.vision_feature_layer
-        states = [hidden.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        states = [hidden.hidden_states[i] for i in np.atleast_1d(self.model.config.vision_feature_layer)]
         return torch.cat(states, -1)[:, -math.prod(self.patch_grid) :].mean(1).float().cpu()
 
 
@@ -343,13 +332,10 @@ class CaptionerAdapter(Adapter):
         def keep(layer):
             return lambda _module, _inputs, out: found.update({layer: out[1].mean(1)[..., -n_patches:]})
 
-        hooks = [self.blocks[layer].crossattention.register_forward_hook(keep(layer)) for layer in layers]
-        try:
-            with attention_weights(self.model.decoder):
-                yield found
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with attention_weights(self.model.decoder), ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(self.blocks[layer].crossattention.register_forward_hook(keep(layer)))
+            yield found
 
     def _arguments(self, inputs):
         return {k if k == "pixel_values" else f"decoder_{k}": v for k, v in inputs.items()}
@@ -420,32 +406,25 @@ def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_c
     safetensors only. Raises InputError when there is no such model, device or dtype, a file is damaged, or its tensors
     are not those of the config.
     """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-    )
+    import transformers as hf
 
     path = resolve(name)
     options = {"trust_remote_code": trust_remote_code}
-    config = _read(name, AutoConfig.from_pretrained, path, **options)
+    config = _read(name, hf.AutoConfig.from_pretrained, path, **options)
     if config.model_type not in FAMILIES:
-        model = _weights(name, AutoModelForCausalLM, path, device, dtype, **options)
-        return Adapter(name, model, _read(name, AutoTokenizer.from_pretrained, path, **options))
+        model = _weights(name, hf.AutoModelForCausalLM, path, device, dtype, **options)
+        return Adapter(name, model, _read(name, hf.AutoTokenizer.from_pretrained, path, **options))
     if config.model_type == "vision-encoder-decoder":  # image processor and tokenizer lie side by side
-        processor = _read(name, AutoImageProcessor.from_pretrained, path, backend="pil", **options)
-        tokenizer = _read(name, AutoTokenizer.from_pretrained, path, **options)
+        processor = _read(name, hf.AutoImageProcessor.from_pretrained, path, backend="pil", **options)
+        tokenizer = _read(name, hf.AutoTokenizer.from_pretrained, path, **options)
     else:
-        processor = _read(name, AutoProcessor.from_pretrained, path, **options)
+        processor = _read(name, hf.AutoProcessor.from_pretrained, path, **options)
         if not hasattr(processor, "image_processor"):
             raise InputError(
                 f"{name} has no image processor: add its preprocessor_config.json or processor_config.json"
             )
         tokenizer = processor.tokenizer
-    model = _weights(name, AutoModelForImageTextToText, path, device, dtype, **options)
+    model = _weights(name, hf.AutoModelForImageTextToText, path, device, dtype, **options)
     return FAMILIES[config.model_type](name, model, tokenizer, processor)
 
 
@@ -460,13 +439,12 @@ def classify(name: str, batches: Iterable[Sequence[Image.Image]], device: str = 
     path = resolve(name)
     model = _weights(name, AutoModelForImageClassification, path, device, dtype)
     processor = _read(name, AutoImageProcessor.from_pretrained, path, backend="pil")
-    logits, features = [], []
+    parts = []
     for images in batches:
         pixels = processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
         hidden = model.base_model(pixels.to(model.device, model.dtype)).pooler_output
-        logits.append(model.classifier(hidden).float().cpu())
-        features.append(hidden.flatten(1).float().cpu())
-    return torch.cat(logits).numpy(), torch.cat(features).numpy()
+        parts.append((model.classifier(hidden), hidden.flatten(1)))
+    return tuple(torch.cat(some).float().cpu().numpy() for some in zip(*parts, strict=True))
 
 
 def resolve(name: str) -> str:
@@ -489,9 +467,8 @@ def resolve(name: str) -> str:
 
 def pick_device(device: str = "auto") -> str:
     """``auto`` is an accelerator, else cpu; raises InputError for a device that is not there."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    numbered = [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())] if found else []
-    known = [found.type, *numbered, "cpu"] if found else ["cpu"]
+    found, n = torch.accelerator.current_accelerator(check_available=True), torch.accelerator.device_count()
+    known = [found.type, *(f"{found.type}:{i}" for i in range(n)), "cpu"] if found else ["cpu"]
     if device not in ("auto", *known):
         raise InputError(f"no device {device!r} here: choose auto, {', '.join(known)}")
     return known[0] if device == "auto" else device
@@ -504,13 +481,13 @@ def _weights(name, factory, path, device, dtype, **options):
     device, kinds = pick_device(device), ("float32", "bfloat16", "float16", "float64")
     if dtype not in kinds:
         raise InputError(f"no dtype {dtype!r}: choose {', '.join(kinds)}")
-    options |= {"dtype": getattr(torch, dtype), "use_safetensors": True}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= dict(dtype=getattr(torch, dtype), use_safetensors=True)
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # so that they are told here
     model, info = _read(name, factory.from_pretrained, path, **options)
-    found = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    wrong = [f"{kind} {key}" for kind, keys in found.items() for key in keys if not UNUSED.search(key)]
+    tensors = [f"{kind} {key}" for kind in ("missing", "unexpected", "mismatched") for key in info[f"{kind}_keys"]]
+    wrong = sorted(tensor for tensor in tensors if not UNUSED.search(tensor))
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        more = f" and {len(wrong) - 4} more" * (len(wrong) > 4)
         raise InputError(f"the tensors of {name} do not fit its config: {', '.join(wrong[:4])}{more}")
     return model.to(device).eval().requires_grad_(False)
 

@@ -13,7 +13,8 @@ import shutil
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from mmsae_helpers.errors import InputError, first_line
 from mmsae_helpers.workers import autocast, crew
 
 SAE_ID = "blocks.{layer}.hook_resid_post"
+FOLDER = "layer_{:02d}_seed_{}"
 CHUNK = 32  # batches within which each seed has its own order
 
 
@@ -65,8 +67,7 @@ class TrainingConfig:
     def __post_init__(self):
         counts = (self.d_sae, self.steps, self.batch_size, self.norm_batches)
         spans = (self.l1_warm_up_steps, self.lr_warm_up_steps, self.lr_decay_steps)
-        scalings = ("none", "expected_average_only_in")
-        counted = all(isinstance(n, int) and n > 0 for n in counts)
+        scalings, counted = ("none", "expected_average_only_in"), all(isinstance(n, int) and n > 0 for n in counts)
         rules = {
             "d_sae, steps, batch_size, norm_batches: whole numbers above 0": counted,
             "lr, decoder_init_norm: above 0": min(self.lr, self.decoder_init_norm) > 0,
@@ -96,9 +97,7 @@ def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> It
     A buffer of `buffer` tokens is filled, half of it drawn at random, and so on. A callable that returns a fresh stream
     is replayed without end (epochs); an iterator ends with its tokens, less an incomplete batch.
     """
-    order = torch.Generator().manual_seed(seed)
-    held: list[dict[int, torch.Tensor]] = []
-    rows = 0
+    order, held, rows = torch.Generator().manual_seed(seed), [], 0
 
     def draw(leave: int):
         nonlocal held, rows
@@ -148,13 +147,10 @@ def train(batches, *, layers: Sequence[int], seeds: Sequence[int], config: Train
     return fit(batches, {(layer, seed): Job(layer, seed, config) for layer in layers for seed in seeds}, **options)
 
 
-def fit(
-    batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progress=True, keep_order=False
-) -> dict[Hashable, Any]:
+def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progress=True, keep_order=False) -> dict:
     """Train many sae-lens SAEs on one stream of batches {layer: [batch, d_in]}: layers x lambda x seeds.
 
-    A callable that returns a fresh stream is called twice, so that the first norm_batches need not be held in memory.
-
+    `batches` may be a callable that returns a fresh stream: called again where norm_batches are many, not to hold them.
     A lean loop over sae-lens's training class: its initialisation, loss, schedules and clipping at 1.0, with fused Adam
     and less bookkeeping (a test compares it with `SAETrainer`). A seed decides the initial weights and, unless
     `keep_order`, the order of the tokens within every CHUNK batches; an SAE does not depend on the jobs beside it.
@@ -168,13 +164,13 @@ def fit(
         return {}
     steps = max(job.config.steps for job in jobs.values())
     layers = sorted({job.layer for job in jobs.values()})
-    head, stream = (batches(), batches()) if callable(batches) else tee(batches)
-    sums = {layer: [] for layer in layers}  # of each batch: rows, the sum of their norms, their sum
-    for batch in islice(_checked(head, layers, d_in), max(job.config.norm_batches for job in jobs.values())):
+    n_head, sums = max(job.config.norm_batches for job in jobs.values()), {layer: [] for layer in layers}
+    stream = batches() if callable(batches) else batches
+    head, stream = (batches(), stream) if callable(batches) and n_head > CHUNK else tee(stream)
+    for batch in islice(_checked(head, layers, d_in), n_head):
         for layer, x in batch.items():
             sums[layer].append((len(x), x.double().norm(dim=1).sum().item(), x.double().sum(0)))
     del head
-    device = torch.device(device)
     trainers = [_Trainer(job, d_in, sums[job.layer], device) for job in jobs.values()]
     stream, n_done = islice(_checked(stream, layers, d_in), steps), 0
     with crew(device) as each, tqdm(total=steps, desc="training SAEs", mininterval=1, disable=not progress) as bar:
@@ -205,17 +201,15 @@ def _checked(batches, layers: Sequence[int], d_in: int) -> Iterator[dict[int, to
                 raise InputError(f"SAE training: activations are {batch[layer].shape[1]} wide, but d_in is {d_in}")
             bad = (~batch[layer].sum(1, dtype=torch.float32).isfinite()).nonzero().flatten().tolist()
             if bad:
-                where = f"token {bad[0]} of batch {i} (layer {layer}; {len(bad)} in it)"
-                raise InputError(
-                    f"SAE training: NaN or infinite activations, first in {where}; mend or drop that input"
-                )
+                where = f"layer {layer}, first in token {bad[0]} of batch {i}"
+                raise InputError(f"SAE training: NaN or infinite activations of {where}; mend or drop that input")
         yield {layer: batch[layer] for layer in layers}
 
 
 class _Trainer:
     """An SAE in training: its weights, optimiser and schedules."""
 
-    def __init__(self, job: Job, d_in: int, sums: list[tuple], device: torch.device):
+    def __init__(self, job: Job, d_in: int, sums: list[tuple], device):
         from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
         from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 
@@ -228,13 +222,13 @@ class _Trainer:
                 decoder_init_norm=cfg.decoder_init_norm, l1_coefficient=cfg.l1_coefficient,
             )  # fmt: skip
             self.sae = StandardTrainingSAE(shape).to(device)
-        rows, norms, total = zip(*sums[: cfg.norm_batches] or [(1, d_in**0.5, torch.zeros(d_in))], strict=True)
-        self.trained_norm = sum(norms) / sum(rows)
-        if not self.trained_norm:
-            raise InputError(f"SAE training: all activations of layer {job.layer} are zero in the first batches")
+        n, norm, total = map(sum, zip(*sums[: cfg.norm_batches], strict=True)) if sums else (1, 0.0, 0)
+        if not norm:
+            raise InputError(f"SAE training: the first batches of layer {job.layer} are empty or all zero")
+        self.trained_norm = norm / n
         self.scale = d_in**0.5 / self.trained_norm if cfg.normalize_activations != "none" else 1.0
         if cfg.b_dec_init == "mean":
-            self.sae.b_dec.data = (sum(total) / sum(rows) * self.scale).float().to(device)
+            self.sae.b_dec.data = (total / n * self.scale).float().to(device)
         self.weights = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
         self.optimiser = torch.optim.Adam(self.weights, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2), fused=True)
         self.lr = get_lr_scheduler(
@@ -271,18 +265,15 @@ class _Trainer:
         if self.scale != 1.0:
             self.sae.fold_activation_norm_scaling_factor(self.scale)
         self.sae.cfg.normalize_activations = "none"
-        about = self.sae.cfg.metadata
-        about.trained_norm, about.seed = self.trained_norm, self.job.seed
-        about.hook_name = SAE_ID.format(layer=self.job.layer)
+        (layer, seed, _), about = self.job, self.sae.cfg.metadata
+        about.trained_norm, about.seed, about.hook_name = self.trained_norm, seed, SAE_ID.format(layer=layer)
         with torch.random.fork_rng(devices=[]):
             sae = SAE.from_dict(self.sae.cfg.get_inference_sae_cfg_dict())
         sae.load_state_dict(self.sae.state_dict())
-        return _usable(sae, f"trained on layer {self.job.layer} from seed {self.job.seed}")
+        return _usable(sae, f"trained on layer {layer} from seed {seed}")
 
 
-def obtain(
-    source: str, *, d_in: int, layers: Sequence, seeds=(0,), sae_id=SAE_ID, device="cpu", any_hook=False, **training
-) -> dict[tuple[int, int], Any]:
+def obtain(source, *, d_in: int, layers, seeds=(0,), sae_id=SAE_ID, device="cpu", any_hook=False, **training) -> dict:
     """SAEs by (layer, seed): trained, from a local folder, or from a sae-lens release.
 
     source "train": as `trained`, whose options are in `training`, with one `config` for all.
@@ -301,7 +292,7 @@ def obtain(
     if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~"))):
         raise InputError(f"no such folder of SAEs: {path}; give a folder, a sae-lens release, or 'train'")
     for layer, seed in keys:
-        own, shared = path / _folder(layer, seed), path / sae_id.format(layer=layer)
+        own, shared = path / FOLDER.format(layer, seed), path / sae_id.format(layer=layer)
         if path.is_dir() and not own.is_dir() and not shared.is_dir():
             raise InputError(f"no SAE for layer {layer} in {path}: no folder {shared.name} or {own.name}")
         if not path.is_dir() and seed == seeds[0]:
@@ -315,21 +306,27 @@ def obtain(
     return found
 
 
-def _folder(layer: int, seed: int) -> str:
-    return f"layer_{layer:02d}_seed_{seed}"
-
-
 def load(folder: Path | str, d_in: int | None = None, device: str = "cpu"):
     """The SAE saved in `folder` in sae-lens format, a checkpoint's scaling folded in; InputError as of `obtain`."""
     from sae_lens import SAE
 
     try:
-        sae = SAE.load_from_disk(folder, device=device)
-        scaler = Path(folder) / "activation_scaler.json"
+        sae, scaler = SAE.load_from_disk(folder, device=device), Path(folder) / "activation_scaler.json"
         factor = json.loads(scaler.read_text())["scaling_factor"] if scaler.is_file() else None
     except Exception as error:  # missing, truncated, foreign: safetensors, json and sae-lens each fail in their way
         raise InputError(f"cannot read the SAE in {folder} ({first_line(error)}); restore or delete it") from error
     return _usable(sae, f"in {folder}", d_in, factor)
+
+
+def _released(release: str, sae_id: str, d_in: int, device: str):
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
+
+    try:
+        sae = SAE.from_pretrained(release, sae_id, device=device)
+    except Exception as error:  # unknown release or id, no network, no such file: whichever library notices
+        raise InputError(f"cannot get SAE {sae_id} of release {release}: {first_line(error)}") from error
+    return _usable(sae, f"{release}/{sae_id}", d_in, get_norm_scaling_factor(release, sae_id))
 
 
 def _usable(sae, where: str, d_in: int | None = None, factor: float | None = None):
@@ -343,21 +340,9 @@ def _usable(sae, where: str, d_in: int | None = None, factor: float | None = Non
         if scaling == "covariance_whitening" or not factor:
             raise InputError(f"the SAE {where} is a training checkpoint whose {scaling} is not folded in: finish it")
         sae.fold_activation_norm_scaling_factor(factor)
+    if factor:
         sae.cfg.metadata.trained_norm = sae.cfg.d_in**0.5 / factor
     return sae.eval().requires_grad_(False)
-
-
-def _released(release: str, sae_id: str, d_in: int, device: str):
-    from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
-
-    try:
-        sae = SAE.from_pretrained(release, sae_id, device=device)
-    except Exception as error:  # unknown release or id, no network, no such file: whichever library notices
-        raise InputError(f"cannot get SAE {sae_id} of release {release}: {first_line(error)}") from error
-    factor = get_norm_scaling_factor(release, sae_id)
-    sae.cfg.metadata.trained_norm = d_in**0.5 / factor if factor else None
-    return _usable(sae, f"{release}/{sae_id}", d_in)
 
 
 def trained(
@@ -374,7 +359,7 @@ def trained(
         about = {"description": description, "config": asdict(job.config), "d_in": d_in, "format": 2}
         texts[key] = json.dumps(about, sort_keys=True)
         root = Path(folder) / hashlib.sha256(texts[key].encode()).hexdigest()[:16]
-        place = places[key] = root / _folder(job.layer, job.seed)
+        place = places[key] = root / FOLDER.format(job.layer, job.seed)
         try:
             if place.is_dir():
                 found[key] = load(place, d_in, rest)
@@ -429,24 +414,26 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
     counts = sum((like.encode(x) > 0).sum(0) for x in acts.split(1024))
     if not matched:
         counts = torch.full_like(counts, round(counts.double().mean().item()))
-    metadata = type(like.cfg.metadata)(hook_name=like.cfg.metadata.hook_name, random_seed=seed)
-    about = replace(like.cfg, metadata=metadata).to_dict() | {"architecture": kind.replace("topk", "standard")}
+    about = {"architecture": kind.replace("topk", "standard")}
+    about["metadata"] = {"hook_name": like.cfg.metadata.hook_name, "random_seed": seed}
     with torch.random.fork_rng(devices=[]):
-        sae = SAE.from_dict(about).eval().requires_grad_(False)
+        sae = SAE.from_dict(like.cfg.to_dict() | about).eval().requires_grad_(False)
     directions = torch.randn(like.cfg.d_sae, like.cfg.d_in, generator=torch.Generator().manual_seed(seed))
     directions = torch.nn.functional.normalize(directions, dim=1).to(sae.W_dec)
-    sae.W_dec.data, sae.W_enc.data, start = directions, directions.T.contiguous(), torch.zeros_like(sae.b_enc)
+    sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
     sae.b_dec.data = sae.process_sae_in(acts).mean(0)  # it is zero so far
+    start = getattr(like, "threshold", torch.zeros_like(like.b_enc)).to(directions)
     if kind == "jumprelu":
-        sae.threshold.data, start = like.threshold.to(start), like.threshold.clamp(min=0).to(start)
+        sae.threshold.data = start
     x = sae.process_sae_in(acts).T
     for part in counts.argsort().split(128):  # like with like, so that few need be ranked
         n = counts[part, None]
         highest = (directions[part] @ x).topk(min(int(n[-1].item()) + 1, len(acts))).values
         last, next_ = (highest.gather(1, (n - i).clamp(0, highest.shape[1] - 1)) for i in (1, 0))
         next_ = torch.where(n < len(acts), next_, last - (highest[:, :1] - last) / len(acts))
-        bias = start[part] - (last + next_)[:, 0] / 2  # between the two, lest a sum in another order moves one across
-        sae.b_enc.data[part] = torch.where(counts[part] > 0, bias, torch.finfo(sae.dtype).min)
+        between = (last + next_)[:, 0] / 2  # lest a sum in another order moves a token across
+        bias = torch.where(counts[part] > 0, start[part].clamp(min=0) - between, torch.finfo(sae.dtype).min)
+        sae.b_enc.data[part] = bias
     overlap = energy = 0
     for x in acts.split(1024):
         sae.process_sae_in(x)  # notes the scaling that the next line undoes
@@ -457,9 +444,7 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
     return sae
 
 
-def random_saes(
-    saes: Mapping, acts: Mapping, scales: Mapping | None = None, first_seed: int = 1000, matched: bool = True
-) -> dict:
+def random_saes(saes: Mapping, acts: Mapping, scales: Mapping | None = None, first_seed=1000, matched=True) -> dict:
     """A `random_sae` for each SAE by its key (layer, ..., seed), on `acts` {layer: [N, d_in]}.
 
     `scales` by key multiply the activations first. The directions depend on seed and layer alone: another draw at each
@@ -467,8 +452,7 @@ def random_saes(
     """
 
     def control(key):
-        scale = (scales or {}).get(key, 1.0)
-        own = acts[key[0]] * scale if scale != 1.0 else acts[key[0]]
+        own = acts[key[0]] * (scales or {}).get(key, 1.0)
         return random_sae(saes[key], own, _mixed(first_seed + key[-1], key[0]), matched)
 
     with crew(next(iter(saes.values())).device if saes else "cpu") as each:
@@ -481,8 +465,8 @@ def _mixed(*seeds: int) -> int:
 
 
 def rescale_factor(acts: torch.Tensor, target_norm: float) -> float:
-    """Factor that brings the mean norm of `acts` [N, d] to `target_norm`: the norm an SAE was trained at,
-    `sae.cfg.metadata.trained_norm`, or where that is None (some releases) `Health.mean_norm` on text."""
+    """Factor that brings the mean norm of `acts` [N, d] to an SAE's: its `cfg.metadata.trained_norm`, or, where that is
+    None (some releases), `Health.mean_norm` on text."""
     return target_norm / acts.norm(dim=1).double().mean().item()
 
 
@@ -499,9 +483,7 @@ class LossRecovered(NamedTuple):
 
 
 @torch.no_grad()
-def loss_recovered(
-    adapter, saes: Mapping[Hashable, Any], layer: int, batches, keep: str = "all", *, together=None
-) -> dict:
+def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, keep="all", *, together=None) -> dict:
     """LossRecovered by key, for several SAEs of one layer, over batches of `activations.Inputs`.
 
     Replaced are the outputs of block `layer` at the tokens the SAE is meant for: `keep` "text", "image" or "all"; never
@@ -527,7 +509,7 @@ def loss_recovered(
         # The first pass holds the block's output for the others, which so need not read the images again.
         held, words = [], {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         for name, replacer in replacers.items():
-            with adapter.blocks[layer].register_forward_hook(_splice(where, replacer, held)):
+            with adapter.blocks[layer].register_forward_hook(partial(_splice, where, replacer, held)):
                 again = words if held and adapter.image_token_id is not None else inputs
                 logits = adapter.forward(again).logits[:, :-1][target].float()
             totals[name] += torch.nn.functional.cross_entropy(logits, ids[:, 1:][target], reduction="sum").item()
@@ -540,14 +522,10 @@ def loss_recovered(
     }
 
 
-def _splice(where: torch.Tensor, replacer, held: list):
+def _splice(where: torch.Tensor, replacer, held: list, _module, _inputs, output):
     """Hook: a block's output becomes that in `held` (the first one it sees), at the tokens `where` [B, T] replaced."""
-
-    def hook(_module, _inputs, output):
-        if not held:
-            held.append(output[0] if isinstance(output, tuple) else output)
-        hidden = held[0].clone()
-        hidden[where] = replacer(hidden[where])
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    return hook
+    if not held:
+        held.append(output[0] if isinstance(output, tuple) else output)
+    hidden = held[0].clone()
+    hidden[where] = replacer(hidden[where])
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

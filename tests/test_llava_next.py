@@ -204,7 +204,7 @@ def test_a_document_is_cut_before_an_image_that_does_not_fit(tiny):
     tiny.forward(cut)
     inside_words = next(data.interleaved_batches(tiny, [one], 1, max_tokens=140)).inputs
     assert inside_words["attention_mask"].sum().item() == 140 and len(inside_words["image_sizes"]) == 1
-    with pytest.raises(InputError, match="document 0 begins with an image that is longer than 50 "):
+    with pytest.raises(InputError, match="document 0 begins with an image .*longer than 50 "):
         next(data.interleaved_batches(tiny, [data.Interleaved("<image> it", [noise(64, 64)])], 1, max_tokens=50))
 
 

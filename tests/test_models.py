@@ -189,11 +189,11 @@ def test_an_unknown_dtype_or_device_lists_what_is_known(given, says):
 
 
 def test_cuda_without_one_and_auto(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     with pytest.raises(InputError, match="no device 'cuda' here: choose auto, cpu"):
         models.load("tinyworld/gemma", "cuda")
     assert models.pick_device() == models.pick_device("cpu") == "cpu"
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert [models.pick_device(d) for d in ("auto", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
 
@@ -236,9 +236,9 @@ def test_templates_that_know_strings_alone(llava, monkeypatch, template, image):
     assert "type" not in text and text.count("what is it ?") == 1 and text.count("<image>") == image
 
 
-def test_a_template_that_fails_either_way_tells_why(llava, monkeypatch):
+def test_a_template_that_fails_either_way_is_told(llava, monkeypatch):
     monkeypatch.setattr(llava.processor, "chat_template", "{{ raise_exception('never') }}")
-    with pytest.raises(InputError, match=r"the chat template of tinyworld/llava drops .* \(never\)"):
+    with pytest.raises(InputError, match="the chat template of tinyworld/llava fails, or drops"):
         llava.prompt("what is it ?")
 
 
