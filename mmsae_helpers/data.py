@@ -136,8 +136,8 @@ class Upright(Image):
 def upright(image: PIL.Image.Image | bytes | str | Path) -> PIL.Image.Image:
     """An image, or that of a file or its bytes, as it is seen: turned as its EXIF says, with 8 bits a channel.
 
-    Every reader opens images here. 16-bit values are divided by 257, floats from 0 to 1 multiplied by 255, floats to
-    255 rounded; raises ValueError for others. Pixels are read only where they change (and for the EXIF of a PNG).
+    Every reader opens images here. 16-bit values are divided by 257, floats from 0 to 1 multiplied by 255, to 255
+    rounded; ValueError for others. Pixels are read only where they change (and for the EXIF of a PNG).
     """
     if not isinstance(image, PIL.Image.Image):
         image = PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
@@ -166,11 +166,6 @@ def _words(text: str) -> str:
 def _need(name: str, available: Iterable[str], *columns: str) -> None:
     if missing := [column for column in columns if column not in available]:
         raise InputError(f"{name} has no column {' and '.join(missing)}: it has {', '.join(available)}")
-
-
-def _why(error: Exception) -> str:
-    """One short line, without the name of the file, which may be an image in base64."""
-    return (getattr(error, "strerror", None) or first_line(error))[:200]
 
 
 def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", on_bad_label="stop") -> ImageData:
@@ -229,14 +224,13 @@ def documents(name: str, count: int, seed: int = 0) -> list[str]:
         try:
             texts = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {path} as a text file in UTF-8: {_why(error)}") from error
+            raise InputError(f"cannot read {path} as a text file in UTF-8: {first_line(error)[:200]}") from error
     else:
         rows = _open(name, None, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
         _need(name, rows.column_names or ["text"], "text")
         texts = [row["text"] for row in rows.take(count)]
     if len(texts) < count:
-        few = f"{name} has {len(texts)} documents but {count} are needed"
-        raise InputError(f"{few}: lower the number in the parameters")
+        raise InputError(f"{name} has {len(texts)} documents but {count} are needed: lower their number")
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
 
 
@@ -265,7 +259,7 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
                 if error:  # the network, the file system and Pillow raise dozens of kinds
                     if isinstance(error, InputError):  # the disk is full
                         raise error
-                    found.skipped.append(f"row {i}: {_why(error)}")
+                    found.skipped.append(f"row {i}: {first_line(error)[:200]}")
                     continue
                 parts = [(t, s) for t, s in zip(row["texts"], row["images"], strict=True) if t or s]
                 texts = [PLACEHOLDER if s else t.replace(PLACEHOLDER, "< image>") for t, s in parts]
@@ -320,7 +314,7 @@ def _fitted(adapter, document, limit: int, at: int) -> tuple[str, list[PIL.Image
     if fit < len(places):
         kept = min(limit, int(length[: places[fit] - bool(before)].sum()))
         if kept < 2:  # no more than BOS
-            raise InputError(f"document {at} begins with an image longer than {limit} tokens: allow more tokens")
+            raise InputError(f"document {at} begins with an image that is longer than {limit} tokens: allow more")
         pieces, images = pieces[: fit + 1], images[:fit]
     return token.join(pieces), images, max(0, int(ends[-1]) - kept)
 
@@ -328,21 +322,21 @@ def _fitted(adapter, document, limit: int, at: int) -> tuple[str, list[PIL.Image
 def _file(source: str | bytes | dict) -> Path:
     """The file with the image at a path, or else the one that an image in bytes or at a URL is kept in."""
     source = (source["bytes"] or source["path"]) if isinstance(source, dict) else source
-    is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
-    if isinstance(source, str) and not is_url:
+    is_text = isinstance(source, str)
+    if is_text and not source.startswith(("http://", "https://")):
         upright(source).convert("RGB")
         return Path(source)
-    name = hashlib.sha256(source.encode() if is_url else source).hexdigest()
+    name = hashlib.sha256(source.encode() if is_text else source).hexdigest()
     file = Path(datasets.config.HF_DATASETS_CACHE) / "mmsae_images" / name
     gone = file.with_suffix(".gone")
     if gone.exists():
         raise OSError(gone.read_text())
     if not file.exists():
         try:
-            content = _fetched(source) if is_url else source
+            content = _fetched(source) if is_text else source
             upright(content).convert("RGB")
         except Exception as error:
-            write(gone, _why(error).encode())
+            write(gone, first_line(error)[:200].encode())
             raise
         write(file, content)
     return file
@@ -384,9 +378,8 @@ def batches(adapter, dataset, batch_size: int, *, question="", texts=None, start
 
     ``texts``, one a sample, are forced as they are instead, such as the captions of a captioner.
     """
-    if texts is None:
-        texts = [adapter.prompt(question)] * len(dataset)
-    elif len(texts) != len(dataset):
+    texts = [adapter.prompt(question)] * len(dataset) if texts is None else texts
+    if len(texts) != len(dataset):
         raise InputError(f"{len(texts)} texts but {len(dataset)} images: give one text an image")
     stop = len(dataset) if stop is None else stop
     for first in range(start, stop, batch_size):
@@ -514,7 +507,7 @@ def _normalised(dataset: Dataset, name: str) -> tuple[Dataset, np.ndarray]:
     if isinstance(kind, ClassLabel):
         return dataset, pd.Index([str(label) for label in range(kind.num_classes)]).get_indexer(texts)
     known = {text for text in texts.dropna() if text.strip() and not re.match(r"-\d", text)}
-    known = sorted(known, key=lambda text: (len(text) if text.isdecimal() else np.inf, text))  # numbers by size
+    known = sorted(known, key=lambda t: (len(t) if t.isdecimal() else np.inf, t))  # numbers by size
     labels = pd.Index(known).get_indexer(texts)
     dataset = dataset.remove_columns("fine_label")
     return dataset.add_column("fine_label", labels, feature=ClassLabel(names=known)), labels
@@ -524,8 +517,7 @@ def _decodable(dataset: Dataset, rows, name: str, on_bad_image: str) -> tuple[Da
     """Decode every image once, so that a bad one is found before a long pass; returns what is left and its digest."""
     good, skipped, digest = [], [], hashlib.sha256(b"upright")
     for i, raw in enumerate(dataset.cast_column("image", Image(decode=False))["image"]):
-        where = (raw or {}).get("path") or ""
-        where = where if 0 < len(where) < 256 else f"row {rows[i]}"
+        where = (raw and raw["path"] or f"row {rows[i]}")[-255:]  # which may be an image in base64
         try:
             if raw is None:
                 raise ValueError("there is none")
@@ -533,7 +525,7 @@ def _decodable(dataset: Dataset, rows, name: str, on_bad_image: str) -> tuple[Da
             upright(content).convert("RGB")
         except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
             if on_bad_image == "stop":
-                what = f"image {where} of {name} cannot be decoded ({_why(error)})"
+                what = f"image {where} of {name} cannot be decoded ({first_line(error)[:200]})"
                 raise InputError(f"{what}: mend it, or set on_bad_image: skip") from error
             skipped.append(where)
             continue
