@@ -280,7 +280,9 @@ def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, 
     limit = max_tokens or adapter.config.max_position_embeddings
     for first in range(start, stop, batch_size):
         rows = range(first, min(first + batch_size, stop))
-        texts, images, _ = zip(*(_fitted(adapter, documents[i], limit, i) for i in rows), strict=True)
+        some = [(documents[i], i) for i in rows]  # text alone is cut without being tokenized twice
+        some = [(adapter.raw(d), []) if isinstance(d, str) else _fitted(adapter, d, limit, i)[:2] for d, i in some]
+        texts, images = zip(*some, strict=True)
         inputs = adapter.encode(texts, images, fits=False)
         shape = inputs["input_ids"].shape
         yield Inputs(torch.tensor(rows), {k: v[:, :limit] if v.shape == shape else v for k, v in inputs.items()})
