@@ -145,6 +145,12 @@ def shares(table: pd.DataFrame, what, among="counts") -> pd.DataFrame:
     return (sizes["what"] / sizes["among"].clip(lower=1)).rename("value").reset_index()
 
 
+def beyond_dealt(table: pd.DataFrame, purity: float) -> pd.DataFrame:
+    """`shares` of features with at least this purity, less those with as much when images are dealt out at random."""
+    own, dealt = (shares(table, table[of] >= purity) for of in ("purity", "purity_control"))
+    return own.assign(value=own["value"] - dealt["value"])
+
+
 def slopes(table: pd.DataFrame, score: str, like=None) -> pd.DataFrame:
     """Least-squares slope of a score over log2 of the penalty by arm, layer and seed, over the features of a `judged`
     table that count, and within classes that are ``like`` (a series, as of `purity.alike`): columns as of `shares`."""
