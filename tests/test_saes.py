@@ -523,3 +523,29 @@ def test_an_sae_of_the_blocks_output_by_any_name_is_taken(tmp_path, hook):
     sae.cfg.metadata.hook_name = hook
     saes.save(sae, tmp_path / saes.SAE_ID.format(layer=0))
     assert list(saes.obtain(str(tmp_path), d_in=24, layers=[0])) == [(0, 0)]
+
+
+@pytest.mark.parametrize("normalised", [False, True, "none", "expected_average_only_in"])
+def test_files_of_sae_lens_2_and_3(tmp_path, normalised):
+    """As gemma-2b-res-jb lies on the hub: scaling_factor of ones, the hook under its old name, a text or a boolean."""
+    import json
+
+    from safetensors.torch import save_file
+
+    sae, place = made(apply_b_dec_to_input=False), tmp_path / "blocks.6.hook_resid_post"
+    place.mkdir()
+    weights = sae.state_dict() | {"scaling_factor": torch.ones(96)}
+    save_file(weights, place / "sae_weights.safetensors")
+    settings = {"d_in": 24, "d_sae": 96, "dtype": "float32", "activation_fn": "relu", "apply_b_dec_to_input": False}
+    settings |= {"hook_point": place.name, "hook_point_layer": 6, "normalize_activations": normalised}
+    (place / "cfg.json").write_text(json.dumps(settings))
+    if normalised in (True, "expected_average_only_in"):
+        with pytest.raises(InputError, match="expected_average_only_in is not folded in"):
+            saes.obtain(str(tmp_path), d_in=24, layers=[6])
+        (place / "activation_scaler.json").write_text('{"scaling_factor": 0.2138}')
+        sae.fold_activation_norm_scaling_factor(0.2138)
+    found, x = saes.obtain(str(tmp_path), d_in=24, layers=[6])[6, 0], torch.randn(50, 24)
+    assert torch.equal(found(x), sae(x)) and found.cfg.metadata.hook_name == place.name
+    place.rename(tmp_path / "blocks.7.hook_resid_post")
+    with pytest.raises(InputError, match="the SAE for block 7 of .* reads blocks.6.hook_resid_post"):
+        saes.obtain(str(tmp_path), d_in=24, layers=[7])
