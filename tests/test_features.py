@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters import features, occurrences, patches, pooling, top_images
 from mmsae_helpers.meters.feed import feed
+from mmsae_helpers.meters.health import HealthMeter
 
 NS = (None, 1, 2, 3, 7)
 # few distinct values, so that ties are everywhere; zeros, so that tokens have fewer active features than N
@@ -230,3 +231,21 @@ def test_matrices_in_both_readings():
     assert published["top-1", "raw"].toarray().tolist() == [[1, 1, 0], [1, 0, 0]]
     assert published["sum", "raw"].toarray().tolist() == own["sum", "raw"].toarray().tolist()
     assert own["sum", "binarised"].toarray().tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_meters_of_two_streams_add_up_to_that_of_both():
+    weight = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    sae = SimpleNamespace(
+        encode=lambda x: torch.relu(x @ weight),
+        decode=lambda f: f @ weight.T,
+        cfg=SimpleNamespace(d_sae=12),
+        device="cpu",
+    )
+    parts = [SimpleNamespace(acts={2: torch.randn(n, 8, generator=torch.Generator().manual_seed(n))}) for n in (5, 30)]
+    one, other, both = (HealthMeter(sae, 2) for _ in range(3))
+    feed({0: one}, parts[:1])
+    feed({0: other}, parts[1:])
+    whole, summed = feed({0: both}, parts)[0], (one + other).result()
+    assert summed.numbers() == pytest.approx(whole.numbers()) and summed.n_tokens == 35
+    assert np.array_equal(summed.firing_rate, whole.firing_rate)
+    assert one.result().n_tokens == 5, "neither is changed"
