@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.metrics import f1_score
@@ -99,11 +101,13 @@ def test_grid_runs_all_and_repeats_exactly():
         ("sum", "binary"): sp.csr_matrix((X > 0).astype(np.float32)),
     }
     table = probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], progress=False)
-    assert len(table) == 12 and table.macro_f1.between(0.1, 1).all()
+    assert len(table) == 12 and table.value.between(0.1, 1).all()
     row = table.iloc[7]
     train, test = probes.splits(y, row.train_parts, row.test_parts, row.seed)
-    assert probes.probe(features[row["name"]], y, train, test) == row.macro_f1
+    assert probes.probe(features[row["name"]], y, train, test) == row.value
     assert table.equals(probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], progress=False))
+    named = probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], names="pooling form", progress=False)
+    assert [*zip(named.pooling, named.form, strict=True)] == table.name.tolist() and named.value.equals(table.value)
 
 
 def test_unknown_option():
@@ -159,7 +163,52 @@ def test_features_that_do_not_vary_in_training_do_not_matter():
 
 def test_the_cell_chosen_is_best_on_the_other_seeds():
     rows = [(0, "a", 1.0), (0, "b", 0.2), (1, "a", 0.3), (1, "b", 0.9), (2, "a", 0.5), (2, "b", 0.6)]
-    table = pd.DataFrame(rows, columns=["seed", "cell", "macro_f1"])
-    score, cell = probes.chosen(table, ["cell"])
+    table = pd.DataFrame(rows, columns=["seed", "cell", "value"])
+    found = probes.chosen(table, ["cell"])
+    score, cell = found["value"], dict(zip(found["seed"], found["cell"], strict=True))
     assert cell == {0: "b", 1: "a", 2: "a"} and score.tolist() == [0.2, 0.3, 0.5]
-    assert probes.chosen(table[table["seed"] == 1], ["cell"])[1] == {1: "b"}
+    assert probes.chosen(table[table["seed"] == 1], ["cell"])["cell"].tolist() == ["b"]
+    both = pd.concat([table.assign(arm="as is"), table.assign(arm="mirrored", value=1 - table["value"])])
+    apart = probes.chosen(both, ["cell"])
+    assert apart[apart["arm"] == "as is"]["value"].tolist() == score.tolist()
+    assert apart[apart["arm"] == "mirrored"]["cell"].tolist() == ["a", "b", "b"]
+
+
+def plain_lda(Z, target, alpha):
+    """By definition, through the inverse in float64: scores of rows [m, k] as a function."""
+    means = np.stack([Z[target == c].mean(0) for c in np.unique(target)]).astype(float)
+    within = (Z - means[target]).T.astype(float) @ (Z - means[target])
+    weights = np.linalg.inv(within / len(Z) + alpha * np.eye(Z.shape[1])) @ means.T
+    bias = np.log(np.bincount(target) / len(Z)) - 0.5 * (means.T * weights).sum(0)
+    return lambda rows: rows @ weights + bias
+
+
+@pytest.mark.parametrize("d", [30, 150, 700], ids=["narrow", "a little wider than rows", "wide"])
+@pytest.mark.parametrize("alpha", [1.0, 0.03])
+def test_lda_from_sums_is_the_plain_definition(d, alpha):
+    """Scores within 2e-3 of their spread, whichever way the equations are set up."""
+    X, y = world(n=300, d=d)
+    Z = StandardScaler().fit_transform(X[:150][:, np.ptp(X[:150], axis=0) > 0]).astype(np.float32)
+    weights, bias = probes._lda(Z, y[:150], alpha)
+    expected = plain_lda(Z, y[:150], alpha)(Z)
+    assert np.abs(Z @ weights + bias - expected).max() < 2e-3 * expected.std()
+
+
+@pytest.mark.parametrize("d", [30, 700])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_shrinkage_climbed_to_is_as_good_as_the_best_of_all(d, seed):
+    """On the rows that choose it: within .02 of the best, found by trying all through the plain definition."""
+    X, y = world(n=600, d=d, seed=seed)
+    Z = StandardScaler().fit_transform(X[:, np.ptp(X, axis=0) > 0]).astype(np.float32)
+    held = probes._every_fifth(y)
+    right = [np.mean(plain_lda(Z[~held], y[~held], a)(Z[held]).argmax(1) == y[held]) for a in probes.SHRINKAGES]
+    weights, bias = probes._lda(Z, y, "auto")
+    close = [np.allclose(weights, probes._lda(Z, y, a)[0], rtol=1e-4, atol=1e-5) for a in probes.SHRINKAGES]
+    assert sum(close) == 1 and right[close.index(True)] > max(right) - 0.02
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=3, max_size=9))
+def test_a_climb_ends_where_no_neighbour_is_better(scores):
+    end = probes._climb(scores.__getitem__, len(scores))
+    assert scores[end] == max(scores[max(end - 1, 0) : end + 2])
+    assert end == 0 or scores[end - 1] < scores[end], "the stronger shrinkage of equals"

@@ -22,6 +22,7 @@ from mmsae_helpers.errors import InputError
 
 RELATIVE_ALPHAS = (30.0, 10.0, 3.0, 1.0, 0.1, 0.01)  # times n_train: a standardised feature's squared norm
 SHRINKAGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # added to the covariance of standardised features
+START = 2  # where among these the search begins
 
 
 def macro_f1(truth: np.ndarray, predicted: np.ndarray) -> float:
@@ -75,8 +76,9 @@ def predict(X, y, train_idx, test_idx, classifier="lda", standardise="train", al
     classifier: "lda", discriminant analysis (scikit-learn's with shrinkage), alpha on the covariance's diagonal, or
         scikit-learn's "ridge" (twice as slow) or "logistic" (C = 1 / alpha; up to ten times slower).
     standardise: mean 0, variance 1 by the training rows, or by "all" rows as paper A's code (METHODS A.3 c).
-    alpha: the penalty; "auto" takes the one of RELATIVE_ALPHAS x n_train (ridge) or SHRINKAGES (lda) that is most
-        accurate on every fifth training row when fitted on the others, and 1 for logistic.
+    alpha: the penalty; "auto" takes the one of RELATIVE_ALPHAS x n_train (ridge) or SHRINKAGES (lda, where the search
+        ends at the first that no neighbour betters) that is most accurate on every fifth training row when fitted on
+        the others, and 1 for logistic.
     """
     with threadpool_limits(1):
         return _predict(X, y, train_idx, test_idx, classifier, standardise, alpha)
@@ -88,16 +90,17 @@ def _predict(X, y, train_idx, test_idx, classifier="lda", standardise="train", a
     fits = {"ridge": _ridge, "lda": _lda, "logistic": _logistic}
     if classifier not in fits or standardise not in ("train", "all"):
         raise InputError(f"probe: no classifier {classifier!r} with standardise {standardise!r}")
-    X = X.tocsr() if sp.issparse(X) else np.asarray(X)
-    y = np.asarray(y)
+    X, y = X.tocsr() if sp.issparse(X) else np.asarray(X), np.asarray(y)
     train = X[train_idx]
-    train = (train.toarray() if sp.issparse(train) else train).astype(np.float32)
     # it finds the mean all the same, of sparse features too; a constant column gets deviation 1
     scaler = StandardScaler(with_mean=False).fit(X if standardise == "all" else train)
     mean, deviation = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
+    train = (train.toarray() if sp.issparse(train) else train).astype(np.float32)
     varies = np.ptp(train, axis=0) > 0  # a feature that does not vary in training gets no weight
     used = np.flatnonzero(varies) if varies.any() else np.arange(len(varies))
-    train = (train[:, used] - mean[used]) / deviation[used]
+    train = train if len(used) == len(varies) else train[:, used]
+    train -= mean[used]
+    train /= deviation[used]
     classes, target = np.unique(y[train_idx], return_inverse=True)
     fitted, bias = fits[classifier](train, target, alpha)
     weights = np.zeros((len(mean), fitted.shape[1]), np.float32)
@@ -137,64 +140,93 @@ def _every_fifth(target: np.ndarray) -> np.ndarray:
 
 def _lda(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray]:
     """Gaussian classes with one covariance, alpha added to its diagonal: (W [d, k], bias [k])."""
-    n_classes, held = target.max() + 1, _every_fifth(target)
+    rows, span, held = Z, None, _every_fifth(target)
+    if 2 * len(Z) < Z.shape[1]:  # the same in coordinates of the rows' span, n of them: span with Z = span M'
+        gram = (Z @ Z.T).astype(np.float64)
+        gram[np.diag_indices(len(Z))] += 1e-6 * gram.trace() / len(Z)  # centred rows have one direction less
+        span = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
+        rows = span.astype(np.float32)
+    free, others = (_sums(rows[some], target[some], target.max() + 1) for some in (~held, held))
     if alpha == "auto":
-        tries = _discriminants(Z[~held], target[~held], n_classes, SHRINKAGES, np.float32)
-        hits = [np.mean((Z[held] @ weights + bias).argmax(1) == target[held]) for weights, bias in tries]
-        alpha = SHRINKAGES[int(np.argmax(hits))]
-    return next(_discriminants(Z, target, n_classes, [alpha], np.float64))
+        tried = _means(*free)
+
+        def accuracy(i):
+            weights, bias = _discriminants(*tried, SHRINKAGES[i], np.float32)
+            return np.mean((rows[held] @ weights + bias).argmax(1) == target[held])
+
+        alpha = SHRINKAGES[_climb(accuracy, len(SHRINKAGES))]
+    weights, bias = _discriminants(*_means(*map(np.add, free, others)), alpha, np.float64)
+    if span is not None:
+        weights = Z.T @ scipy.linalg.solve_triangular(span, weights, trans=1, lower=True).astype(np.float32)
+    return weights, bias
 
 
-def _discriminants(Z: np.ndarray, target: np.ndarray, n_classes: int, alphas, dtype):
-    """(W [d, k], bias [k]) for every alpha, through d x d or n x n equations, whichever are fewer."""
-    n, d = Z.shape
-    count = np.bincount(target, minlength=n_classes).astype(np.float32)
-    one_hot = sp.csr_matrix((np.ones(n, np.float32), (target, np.arange(n))), shape=(n_classes, n))
-    mean = one_hot @ Z / np.maximum(count, 1)[:, None]
-    within = Z - mean[target]
-    small, right = (within @ within.T, within @ mean.T) if n < d else (within.T @ within, mean.T)
-    for alpha in alphas:
-        solved = _solve(small, right, alpha * n, dtype)
-        weights = (mean.T - within.T @ solved) / alpha if n < d else solved * n
-        yield weights, np.log(np.maximum(count, 1e-3) / n) - 0.5 * np.einsum("kd,dk->k", mean, weights)
+def _climb(score, n: int) -> int:
+    """The first of 0 to n - 1, uphill from START, whose score is not below its neighbours'; the lower one of equals."""
+    tried, at, best = {}, None, START
+    while at != best:
+        at, around = best, range(max(best - 1, 0), min(best + 2, n))
+        tried |= {i: score(i) for i in around if i not in tried}
+        best = max(around, key=tried.get)
+    return best
 
 
-def _solve(gram: np.ndarray, right: np.ndarray, alpha: float, dtype=np.float64) -> np.ndarray:
-    """(gram + alpha I)^-1 right, factored in `dtype`; float32 result."""
-    gram = gram.astype(dtype)
-    gram[np.diag_indices(len(gram))] += alpha
-    factor = scipy.linalg.cho_factor(gram, lower=True, overwrite_a=True, check_finite=False)
-    return scipy.linalg.cho_solve(factor, right, check_finite=False).astype(np.float32)
+def _sums(Z: np.ndarray, target: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All that discriminant analysis needs of rows, and adds up: by class count [k] and sum [k, d]; Gram [d, d]."""
+    one_hot = sp.csr_matrix((np.ones(len(Z), np.float32), (target, np.arange(len(Z)))), shape=(k, len(Z)))
+    return np.bincount(target, minlength=k), one_hot @ Z, Z.T @ Z
 
 
-def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, progress=True, **options) -> pd.DataFrame:
+def _means(count, total, gram) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Class counts, class means [k, d], and the scatter within classes [d, d], from `_sums`."""
+    mean = total / np.maximum(count, 1).astype(np.float32)[:, None]
+    return count, mean, gram - total.T @ mean
+
+
+def _discriminants(count, mean, within, alpha: float, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(W [d, k], bias [k]): (within / n + alpha I)^-1, factored in ``dtype``, on the class means."""
+    n, system = count.sum(), within.T.astype(dtype)  # by columns, as LAPACK wants it
+    system[np.diag_indices(len(system))] += alpha * n
+    factor = scipy.linalg.cho_factor(system, lower=True, overwrite_a=True, check_finite=False)
+    weights = scipy.linalg.cho_solve(factor, mean.T * n, check_finite=False).astype(np.float32)
+    return weights, np.log(np.maximum(count, 1e-3) / n) - 0.5 * np.einsum("kd,dk->k", mean, weights)
+
+
+def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, names="name", progress=True, **options):
     """Macro F1 of every feature matrix x split (train_parts, test_parts) x seed; one core works on each fit.
 
-    Columns: name (the key in `features`), train_parts, test_parts, seed, macro_f1.
+    A data frame with the columns name (the key in `features`, or its parts as ``names`` calls them in one string),
+    train_parts, test_parts, seed, value.
     """
     from tqdm import tqdm
 
     split = {(part, seed): splits(y, *part, seed) for part in parts for seed in seeds}
     tasks = [(name, part, seed) for name in features for part, seed in split]
+    names = names.split()
 
     def run(task):
         name, part, seed = task
         train, test = split[part, seed]
-        return (name, *part, seed, macro_f1(y[test], _predict(features[name], y, train, test, **options)))
+        f1 = macro_f1(y[test], _predict(features[name], y, train, test, **options))
+        return (*(name if len(names) > 1 else [name]), *part, seed, f1)
 
     y = np.asarray(y)
     with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = list(tqdm(pool.map(run, tasks), "probes", len(tasks), mininterval=1, disable=not progress))
-    return pd.DataFrame(rows, columns=["name", "train_parts", "test_parts", "seed", "macro_f1"])
+    return pd.DataFrame(rows, columns=[*names, "train_parts", "test_parts", "seed", "value"])
 
 
-def chosen(table: pd.DataFrame, by: Sequence[str]) -> tuple[pd.Series, dict]:
-    """Score of the cell that is best on the *other* seeds, by seed, and that cell by seed.
+def chosen(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Of every seed, and whatever else ``table`` tells apart, the row whose cell is best on the *other* seeds.
 
-    table: rows of `grid` with columns seed, macro_f1 and those of `by`, which name a cell. A best cell picked on the
-    seeds it is then judged on would flatter itself; with a single seed there is no other, and it is.
+    table: rows of `grid`; ``by`` names the columns of a cell. A best cell picked on the seeds it is then judged on
+    would flatter itself; with a single seed there is no other, and it is.
     """
-    wide = table.pivot_table(index="seed", columns=by, values="macro_f1")
-    others = {seed: wide.drop(index=seed) if len(wide) > 1 else wide for seed in wide.index}
-    best = {seed: rest.mean().idxmax() for seed, rest in others.items()}
-    return pd.Series({seed: wide.loc[seed, cell] for seed, cell in best.items()}), best
+    apart = [c for c in table if c not in (*by, "value")]
+    shared = [c for c in apart if c != "seed"]
+    mean = table.groupby([*shared, *by], sort=False)["value"].agg(["sum", "count"])
+    rows = table.join(mean, on=[*shared, *by])
+    alone = rows["count"] == 1
+    rows["others"] = (rows["sum"] - rows["value"].where(~alone, 0)) / (rows["count"] - ~alone)
+    best = rows.sort_values("others", ascending=False, kind="stable").drop_duplicates(apart)
+    return best.sort_index()[list(table)].reset_index(drop=True)
