@@ -42,9 +42,8 @@ class Survey(Meter):
         min_images: int = 1, seed: int = 0, draws: int = 0,
     ):  # fmt: skip
         if len(embeddings) != len(attributes):
-            raise InputError(
-                f"{len(embeddings)} embeddings but {len(attributes)} rows of attributes: give one an image"
-            )
+            n = f"{len(embeddings)} embeddings but {len(attributes)} rows of attributes"
+            raise InputError(f"{n}: give one an image")
         super().__init__(sae, layer)
         d_sae, self.embeddings = sae.cfg.d_sae, np.asarray(embeddings)
         self.names, self.min_images = names, min_images
@@ -130,9 +129,8 @@ def judged(table: pd.DataFrame, min_images: int, monosemantic: float, polysemous
     said["means_word"] = means(counted["word_purity"], counted["word_purity_control"], "n_tokens")
     said["polysemous"] = ~(said["means_attribute"] | said["means_word"])
     if "said" in table:
-        said["source"] = means(
-            *(counted[["purity" + of, "said" + of]].max(axis=1) for of in ("", "_control")), "n_images"
-        )
+        purer, control = (counted[["purity" + of, "said" + of]].max(axis=1) for of in ("", "_control"))
+        said["source"] = means(purer, control, "n_images")
         said["image"] = said["source"] & (counted["purity"] >= counted["said"])
     return table.assign(counts=counts, **said.reindex(table.index, fill_value=False))
 
@@ -190,29 +188,21 @@ def where_it_looked(captioner, saes: Mapping[int, object], ids: Mapping[int, np.
 def for_browser(surveys: Mapping[int, Survey], min_purity: float = 0.5) -> dict:
     """Arguments of `browser.write` for the surveys by layer. A label is the word a feature fires on, or ``before
     "word"`` for the one that comes next, of at least ``min_purity``; no purity below the surveys' min_images."""
-    tables, tokens, near, cosines = [], [], [], []
+    tables, tokens, arrays = [], [], []
     for layer, one in surveys.items():
         table = one.table().assign(layer=layer)
         word = table["label"].where(table["kind"] != "predicts", 'before "' + table["label"] + '"')
-        table["label"] = word.where(table["word_purity"] >= min_purity, "")
         known = table["n_images"] >= max(one.min_images, 1)
-        table["about"] = (table["attribute"] + " " + table["value"]).where(known, "")
-        table["purity"] = table["purity"].where(known)
-        rows, of = _neighbours(one.sae.W_dec)
-        near.append(rows + sum(map(len, tables)))
-        cosines.append(of)
-        tables.append(table)
+        about = (table["attribute"] + " " + table["value"]).where(known, "")
+        word = word.where(table["word_purity"] >= min_purity, "")
+        near, cosines = _neighbours(one.sae.W_dec)
+        arrays.append((one.tops.ids, one.tops.values, one.histogram, near + sum(map(len, tables)), cosines))
+        tables.append(table.assign(label=word, about=about, purity=table["purity"].where(known)))
         tokens += _words_of(one.words, one.names)
-    return {
-        "table": pd.concat(tables, ignore_index=True),
-        "top_ids": np.concatenate([one.tops.ids for one in surveys.values()]),
-        "top_values": np.concatenate([one.tops.values for one in surveys.values()]),
-        "histograms": np.concatenate([one.histogram for one in surveys.values()]),
-        "bin_edges": BIN_EDGES,
-        "tokens": tokens,
-        "neighbours": (np.concatenate(near), np.concatenate(cosines)),
-        "n_tokens": next(iter(surveys.values())).n_tokens,
-    }
+    ids, values, histograms, *neighbours = map(np.concatenate, zip(*arrays, strict=True))
+    content = {"table": pd.concat(tables, ignore_index=True), "top_ids": ids, "top_values": values, "tokens": tokens}
+    content |= {"histograms": histograms, "bin_edges": BIN_EDGES, "neighbours": neighbours}
+    return content | {"n_tokens": one.n_tokens}
 
 
 def _neighbours(W_dec: torch.Tensor, m: int = 6) -> tuple[np.ndarray, np.ndarray]:
