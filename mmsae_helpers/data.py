@@ -26,9 +26,10 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
 
 from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
+from mmsae_helpers.tinyworld import dataset as world
+from mmsae_helpers.tinyworld import language
 
-EMBEDDED = "tinyworld"
-EMBEDDED_ASPECTS = "tinyworld-aspects"  # the same world in pictures of three shapes
+WORLDS = {"tinyworld": (world.SQUARE,), "tinyworld-aspects": world.ASPECTS}  # sizes of their pictures
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 PLACEHOLDER = "<image>"
 _TEXTS = ("caption", "question", "answer")
@@ -47,7 +48,7 @@ class ImageData(NamedTuple):
     part: str = ""  # which part of a source without splits, if it was divided
 
     def need(self, *columns: str) -> None:
-        """Raises InputError with the columns that the data lacks and those it has."""
+        """Raises InputError for columns that the data lacks."""
         _need("the data set", self.dataset.column_names, *columns)
 
     @property
@@ -73,10 +74,8 @@ class ImageData(NamedTuple):
         return pd.DataFrame(columns)
 
     def named_in(self, texts: Iterable[str]) -> np.ndarray:
-        """The class whose name occurs in each text, int [N]; -1 where none does, or several do.
-
-        Case and punctuation do not matter; a name inside a longer one that is there does not count.
-        """
+        """The class whose name occurs in each text, int [N], -1 where none or several do; case and punctuation do not
+        matter, and a name inside a longer one that is there does not count."""
         names = [_words(name) for name in self.class_names]
         out = []
         for text in map(_words, texts):
@@ -87,10 +86,7 @@ class ImageData(NamedTuple):
 
     def object_cover(self, grid: tuple[int, int], crop=lambda mask: mask) -> np.ndarray | None:
         """Fraction of each patch that the object's mask covers, [N, rows * columns]; None where there are no masks.
-
-        The grid spans the whole picture, or what ``crop`` (`Adapter.crop`) leaves of it, whatever its size: edges are
-        rounded down to pixels, as in `patches.paint`.
-        """
+        The grid spans what ``crop`` (`Adapter.crop`) leaves, edges rounded down to pixels as in `patches.paint`."""
         if "mask" not in self.dataset.column_names:
             return None
         out = []
@@ -134,11 +130,8 @@ class Upright(Image):
 
 
 def upright(image: PIL.Image.Image | bytes | str | Path) -> PIL.Image.Image:
-    """An image, or that of a file or its bytes, as it is seen: turned as its EXIF says, with 8 bits a channel.
-
-    Every reader opens images here. 16-bit values are divided by 257, floats from 0 to 1 multiplied by 255, to 255
-    rounded; ValueError for others. Pixels are read only where they change (and for the EXIF of a PNG).
-    """
+    """An image, or that of a file or its bytes, turned as its EXIF says, with 8 bits a channel: 16-bit values divided
+    by 257, floats from 0 to 1 multiplied by 255, to 255 rounded; ValueError for others. Else no pixels are read."""
     if not isinstance(image, PIL.Image.Image):
         image = PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
     if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
@@ -175,19 +168,18 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
     images a class (or with splits between), a ``.parquet`` or ``.arrow`` file, or a hub id. A file, or a folder without
     splits, is read whole if ``split`` is None; otherwise, of each ten rows in a row eight are ``train``, one is
     ``validation`` and one ``test``, by a fixed draw. Elsewhere None is ``test``. ``per_class`` keeps that many images
-    of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they are there. An
-    image that cannot be decoded stops with its name, or with ``on_bad_image="skip"`` is left out and listed in
-    ``skipped``; so do labels that are None, NaN, empty or negative with ``on_bad_label``, counted in ``unlabelled``.
-    Raises InputError for what is missing or unreadable, and where nothing is left.
+    of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they are there.
+    With "skip", images that cannot be decoded are left out and listed in ``skipped``, and labels that are None, NaN,
+    empty or negative counted in ``unlabelled``. Raises InputError for what is missing, and where nothing is left.
     """
     for key, value in (("on_bad_image", on_bad_image), ("on_bad_label", on_bad_label)):
         if value not in ("stop", "skip"):
             raise InputError(f"{key} is {value!r}: it must be stop or skip")
-    if world := _embedded(name, split or "test"):
-        from mmsae_helpers.tinyworld.dataset import SPLITS, make_dataset
-
-        count = per_class or SPLITS[world[0]]
-        return ImageData(make_dataset(world[0], count, seed, world[1]), [], f"{name}/{world[0]}/{count}/{seed}/1")
+    if name in WORLDS:
+        split = _named(split or "test", world.SPLITS, "the embedded world")
+        count = per_class or world.SPLITS[split]
+        dataset = world.make_dataset(split, count, seed, WORLDS[name])
+        return ImageData(dataset, [], f"{name}/{split}/{count}/{seed}/1")
     rows, part = _open(name, split, streaming=per_class is not None)
     undivided = part
     if isinstance(rows, IterableDataset):
@@ -200,11 +192,10 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
         what = f"{len(own) - len(good)} of {len(own)} rows read of {name} have no label (None, NaN, empty or negative)"
         raise InputError(f"{what}: label them, or set on_bad_label: skip")
     if per_class is not None:
-        classes, counts = np.unique(labels[good], return_counts=True)
-        if (counts < per_class).any():
-            few = f"class {classes[counts.argmin()]} of {name} has fewer than {per_class} images"
-            raise InputError(f"{few}: lower the images per class in the parameters")
-        good = np.sort(pd.Series(good).groupby(labels[good]).sample(per_class, random_state=seed).to_numpy())
+        classes = pd.Series(good).groupby(labels[good])
+        if (counts := classes.size()).min() < per_class:
+            raise InputError(f"class {counts.idxmin()} of {name} has fewer than {per_class} images: lower their number")
+        good = classes.sample(per_class, random_state=seed).sort_values().to_numpy()
     images = ImageData(*_decodable(dataset.select(good), good, name, on_bad_image), len(own) - len(good), part or "")
     if not len(images.dataset):
         why = f"{images.unlabelled} rows have no label, {len(images.skipped)} images cannot be decoded"
@@ -215,10 +206,8 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
 def documents(name: str, count: int, seed: int = 0) -> list[str]:
     """``count`` text-only documents: ``tinyworld``, a ``.txt`` file in UTF-8 (one a line), a ``.parquet`` file or a hub
     id with a ``text`` column. Raises InputError where there are fewer or none."""
-    if name == EMBEDDED:
-        from mmsae_helpers.tinyworld.language import documents as make
-
-        return [document.text for document in make(count, seed)]
+    if name == "tinyworld":
+        return [document.text for document in language.documents(count, seed)]
     path = Path(name).expanduser()
     if path.suffix == ".txt":
         try:
@@ -239,43 +228,45 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
     laid out as OBELICS. ``split`` is ``train`` if None; a file is read whole then and else divided as in `load`.
 
     There, columns ``texts`` and ``images`` have equally long rows with None in one where the other has an item; an
-    image is a URL, a path or the file itself. Documents with an image that cannot be had, or with none at all, are left
-    out and listed in ``skipped``. Images that are no files yet are kept in ``mmsae_images`` of the datasets cache
-    (``HF_DATASETS_CACHE``), with a ``.gone`` file for each URL without one, so that another run has the same documents
-    whatever became of the links; delete these to ask again. Raises InputError where there are fewer than ``count``.
+    image is a URL, a path or the file itself. Documents without an image, or with one that cannot be had, are left out
+    and listed in ``skipped``. Images that are no files yet are kept in ``mmsae_images`` of the datasets cache, with a
+    ``.gone`` file for each URL without one, so that another run has the same documents whatever became of the links;
+    delete these to ask again. Raises InputError where there are fewer than ``count``.
     """
-    if world := _embedded(name, split or "train"):
-        from mmsae_helpers.tinyworld.dataset import interleaved as make
-
-        return Documents(Interleaved(*document) for document in make(count, seed, *world))
+    if name in WORLDS:
+        split = _named(split or "train", world.SPLITS, "the embedded world")
+        return Documents(Interleaved(*d) for d in world.interleaved(count, seed, split, WORLDS[name]))
     rows = _open(name, split, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
     _need(name, rows.column_names or ["images", "texts"], "images", "texts")
     found, numbered = Documents(), enumerate(rows.decode(False))
     with ThreadPoolExecutor(32) as pool:
         while chunk := list(islice(numbered, min(256, count - len(found)))):
-            jobs = [pool.submit(lambda some: [_file(s) for s in some if s], row["images"]) for _, row in chunk]
-            for (i, row), job in zip(chunk, jobs, strict=True):
-                error = job.exception() if any(row["images"]) else ValueError("no image")
-                if error:  # the network, the file system and Pillow raise dozens of kinds
-                    if isinstance(error, InputError):  # the disk is full
-                        raise error
-                    found.skipped.append(f"row {i}: {first_line(error)[:200]}")
-                    continue
-                parts = [(t, s) for t, s in zip(row["texts"], row["images"], strict=True) if t or s]
-                texts = [PLACEHOLDER if s else t.replace(PLACEHOLDER, "< image>") for t, s in parts]
-                found.append(Interleaved(" ".join(texts), job.result()))
+            for (i, _), made in zip(chunk, pool.map(_document, [row for _, row in chunk]), strict=True):
+                if isinstance(made, Interleaved):
+                    found.append(made)
+                else:
+                    found.skipped.append(f"row {i}: {made}")
     if len(found) < count:
         few = f"{name} has {len(found)} documents with all their images but {count} are needed"
-        raise InputError(f"{few} ({len(found.skipped)} left out): lower the number in the parameters")
+        raise InputError(f"{few} ({len(found.skipped)} left out): lower their number")
     return found
 
 
-def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, *, start=0, stop=None, max_tokens=None):
-    """Model inputs for documents ``start`` to ``stop``, cut at ``max_tokens`` (the model's context by default).
+def _document(row: dict) -> Interleaved | str:
+    """A row of OBELICS, or why an image of it cannot be had; InputError for a full disk."""
+    parts = [(text, source) for text, source in zip(row["texts"], row["images"], strict=True) if text or source]
+    text = " ".join(PLACEHOLDER if source else text.replace(PLACEHOLDER, "< image>") for text, source in parts)
+    try:
+        return Interleaved(text, [_file(source) for _, source in parts if source]) if any(row["images"]) else "no image"
+    except InputError:
+        raise
+    except Exception as error:  # the network, the file system and Pillow raise dozens of kinds
+        return first_line(error)[:200]
 
-    Documents are `Interleaved`, or text alone. An image that does not fit whole is left out with all that follows it;
-    `cut` counts. Raises InputError where nothing is left.
-    """
+
+def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, *, start=0, stop=None, max_tokens=None):
+    """Model inputs for documents (or texts) ``start`` to ``stop``, cut at ``max_tokens``, by default the context, or
+    before an image that does not fit whole; `cut` counts. Raises InputError where nothing is left."""
     stop = len(documents) if stop is None else stop
     limit = max_tokens or adapter.config.max_position_embeddings
     for first in range(start, stop, batch_size):
@@ -376,10 +367,8 @@ def write(path: Path, content: bytes) -> None:
 
 
 def batches(adapter, dataset, batch_size: int, *, question="", texts=None, start=0, stop=None) -> Iterator[Inputs]:
-    """Model inputs for samples ``start`` to ``stop``, the image before ``question`` in the chat template.
-
-    ``texts``, one a sample, are forced as they are instead, such as the captions of a captioner.
-    """
+    """Model inputs for samples ``start`` to ``stop``, the image before ``question`` in the chat template, or with
+    ``texts``, one a sample, as they are."""
     texts = [adapter.prompt(question)] * len(dataset) if texts is None else texts
     if len(texts) != len(dataset):
         raise InputError(f"{len(texts)} texts but {len(dataset)} images: give one text an image")
@@ -388,15 +377,6 @@ def batches(adapter, dataset, batch_size: int, *, question="", texts=None, start
         rows = range(first, min(first + batch_size, stop))
         images = dataset[first : rows.stop]["image"]
         yield Inputs(torch.tensor(rows), adapter.encode(texts[first : rows.stop], images))
-
-
-def _embedded(name: str, split: str) -> tuple[str, tuple] | None:
-    """Split and picture sizes of an embedded data set, None for another name; InputError for a split it lacks."""
-    if name not in (EMBEDDED, EMBEDDED_ASPECTS):
-        return None
-    from mmsae_helpers.tinyworld.dataset import ASPECTS, SPLITS, SQUARE
-
-    return _named(split, SPLITS, "the embedded world"), ASPECTS if name == EMBEDDED_ASPECTS else (SQUARE,)
 
 
 def _named(split: str, available: Iterable[str], where) -> str:
@@ -475,16 +455,13 @@ def _folder(root: Path) -> Dataset:
     classes = _folders(root)
     if not classes:
         raise InputError(f"{root} has no class folders: put the images of each class in a folder of its own")
-    found = {"image": [], "fine_label": []}
-    for path in (path for folder in classes for path in sorted(folder.rglob("*"))):
-        parts = path.relative_to(root).parts
-        if path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(_HIDDEN) for part in parts):
-            found["image"].append(str(path))
-            found["fine_label"].append(parts[0])
-    if empty := [str(folder) for folder in classes if folder.name not in set(found["fine_label"])]:
+    files = [path.relative_to(root) for folder in classes for path in sorted(folder.rglob("*"))]
+    files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and not any(p.startswith(_HIDDEN) for p in f.parts)]
+    labels = [file.parts[0] for file in files]
+    if empty := [folder for folder in classes if folder.name not in set(labels)]:
         raise InputError(f"class folder {empty[0]} has no images: add some or remove the folder")
     try:
-        return Dataset.from_dict(found)
+        return Dataset.from_dict({"image": [str(root / file) for file in files], "fine_label": labels})
     except UnicodeEncodeError as error:
         raise InputError(f"the name of {ascii(error.object)} is not UTF-8: rename it") from error
 
