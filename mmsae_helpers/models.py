@@ -1,8 +1,5 @@
-"""The model adapter: where a family keeps its decoder blocks, and which tokens are which image patch.
-
-Everything else in the package is family-blind. Positions, counts and grid sizes are derived from the processor and the
-config. Shapes: B inputs, T positions (padded right).
-"""
+"""The model adapter: where a family keeps its decoder blocks, and which tokens are which image patch; everything else
+in the package is family-blind. Shapes: B inputs, T positions (padded right)."""
 
 import math
 import re
@@ -33,15 +30,13 @@ class Geometry(NamedTuple):
 
 
 class Adapter:
-    """A text-only causal language model, and the base of the multimodal families.
-
-    ``model`` is in eval mode without gradients; ``processor`` is None for text-only models.
-    """
+    """A text-only causal language model (``processor`` None), and the base of the multimodal families."""
 
     image_token_id: int | None = None
     patch_grid: tuple[int, int] | None = None
     _processing: dict = {}  # options of the family's processor
     _offset = 0  # patch of an image's first token
+    _image_ids = torch.tensor([], dtype=torch.int64)  # of image tokens
 
     def __init__(self, name: str, model, tokenizer, processor=None):
         self.name, self.model, self.tokenizer, self.processor = name, model, tokenizer, processor
@@ -80,11 +75,10 @@ class Adapter:
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
         if template is None:
             raise InputError(f"{self.name} has no chat template: give a model that was trained on chats")
-        image = image and self.image_token_id is not None
-        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id) if image else ""
-        parts = [{"type": "image"}] * image + [{"type": "text", "text": question}]
+        token = self.image_words[1] if image else ""
+        parts = [{"type": "image"}] * bool(token) + [{"type": "text", "text": question}]
         options = dict(chat_template=template, tokenize=False, add_generation_prompt=True)
-        for content in (parts, f"{token}\n{question}" if image else question):  # the two forms that templates know
+        for content in (parts, f"{token}\n{question}" if token else question):  # the two forms that templates know
             with suppress(Exception):  # a template may do anything with the form that it does not know
                 text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], **options)
                 printed = content is parts and ("{'type'" in text or '{"type"' in text)
@@ -108,16 +102,15 @@ class Adapter:
         ``images``: for each text a PIL image, or a list of as many as it has placeholders, in order. Raises InputError
         where the counts differ, and where a text with images is longer than the context, unless ``fits`` is False.
         """
-        # A template that writes BOS itself must not get a second one from the tokenizer.
-        bos = self.tokenizer.bos_token
-        special = not (bos and texts[0].startswith(bos))
-        options = {"return_tensors": "pt", "padding": True, "add_special_tokens": special}
+        bos = self.tokenizer.bos_token  # which a template that writes it must not get twice
+        options = {"return_tensors": "pt", "padding": True}
+        options["add_special_tokens"] = not (bos and texts[0].startswith(bos))
         own = [i if isinstance(i, list) else [i] for i in images] if images is not None else [[]] * len(texts)
         if len(own) != len(texts):
             raise InputError(f"{len(texts)} texts but {len(own)} images: give one image, or a list of images, a text")
         flat = [image.convert("RGB") for some in own for image in some]
         if self.image_token_id is not None:
-            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            token = self.image_words[1]
             for i, (text, some) in enumerate(zip(texts, own, strict=True)):
                 if text.count(token) != len(some):
                     given = {0: "no image", 1: "one image"}.get(len(some), f"{len(some)} images")
@@ -136,10 +129,7 @@ class Adapter:
         return {k: v.to(self.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """The part of a picture that the model sees: what its processor cuts from the middle, or all of it.
-
-        Patches divide this part, so that masks and what is painted must be of it.
-        """
+        """The part of a picture that the patches divide: what its processor cuts from the middle, or all of it."""
         processor = getattr(self.processor, "image_processor", self.processor)
         shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
         if not (shortest and getattr(processor, "do_center_crop", False)):
@@ -170,16 +160,12 @@ class Adapter:
 
     def image_mask(self, input_ids: Tensor) -> Tensor:
         """Which positions are image tokens, bool [B, T]."""
-        if self.image_token_id is None:
-            return torch.zeros_like(input_ids, dtype=torch.bool)
-        return input_ids == self.image_token_id
+        return torch.isin(input_ids, self._image_ids.to(input_ids.device))
 
     def patch_index(self, input_ids: Tensor) -> Tensor:
         """``row * columns + column`` of the patch each image token shows, int64 [B, T]; -1 elsewhere."""
         mask = self.image_mask(input_ids)
-        if self.patch_grid is None:
-            return torch.full_like(input_ids, -1)
-        order = (mask.long().cumsum(1) - 1) % (math.prod(self.patch_grid) - self._offset)
+        order = (mask.long().cumsum(1) - 1) % (math.prod(self.patch_grid or (1,)) - self._offset)
         return (order + self._offset).masked_fill(~mask, -1)
 
     def geometry(self, inputs: dict[str, Tensor], reading: str = "corrected") -> Geometry:
@@ -189,16 +175,13 @@ class Adapter:
 
 
 class LlavaAdapter(Adapter):
-    """LlavaForConditionalGeneration: one image is one grid of patch tokens.
-
-    The strategy "default" leaves the tower's first token out, "full" does not: with CLIP a class token, with SigLIP
-    (which has none) the first patch. Raises InputError where LLaVA-NeXT's tiles would so be no grid.
-    """
+    """LlavaForConditionalGeneration: an image is a grid of patch tokens, without the tower's first token (CLIP's class
+    token, SigLIP's first patch) if the strategy is "default". InputError where LLaVA-NeXT's tiles so are no grid."""
 
     def __init__(self, name, model, tokenizer, processor):
         super().__init__(name, model, tokenizer, processor)
         config, vision = model.config, model.config.vision_config
-        self.image_token_id = config.image_token_id
+        self.image_token_id, self._image_ids = config.image_token_id, torch.tensor([config.image_token_id])
         self.patch_grid = (vision.image_size // vision.patch_size,) * 2
         # Processors saved before transformers 4.45 do not carry these three; the config always does.
         processor.patch_size = vision.patch_size
@@ -235,12 +218,9 @@ class LlavaNextAdapter(LlavaAdapter):
         raise InputError(f"patches of {self.name} depend on the sizes of its images: use geometry(inputs)")
 
     def geometry(self, inputs, reading="corrected"):
-        """From the inputs' ``image_sizes``, by transformers' own arithmetic; a tile token shows the patch of the base
-        image that holds its centre. ``as_published`` takes each row's first token for its newline instead of the last,
-        so that the others count one column too far left (METHODS C.4).
-
-        Raises InputError where the sizes make another number of tokens than there are.
-        """
+        """From ``image_sizes``, by transformers' arithmetic; a tile token shows the base image's patch at its centre.
+        ``as_published`` takes each row's first token for its newline instead of the last, so that the others count one
+        column too far left (METHODS C.4). Raises InputError where the sizes do not fit the number of tokens."""
         ids = inputs["input_ids"]
         mask, patch, part = self.image_mask(ids), torch.full_like(ids, -1), torch.full_like(ids, -1)
         layouts = [self._layout(tuple(size), reading) for size in inputs.get("image_sizes", mask[:0]).tolist()]
@@ -273,10 +253,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
 class CaptionerAdapter(Adapter):
     """VisionEncoderDecoderModel with a GPT-2 decoder: the image is read by cross-attention, so no token is an image's.
-
-    ``input_ids`` are the decoder's: its start token, then a caption to force or nothing. ``patch_grid`` is the
-    encoder's. Raises InputError for a decoder that is no GPT-2 with cross-attention.
-    """
+    ``input_ids`` are the decoder's, ``patch_grid`` the encoder's. Raises InputError for another decoder."""
 
     def __init__(self, name, model, tokenizer, processor):
         if not all(hasattr(block, "crossattention") for block in getattr(model.decoder.base_model, "h", [None])):
@@ -344,9 +321,8 @@ class CaptionerAdapter(Adapter):
 class ChameleonAdapter(Adapter):
     """ChameleonForConditionalGeneration (also Anole): an image is one grid of words of the model's own vocabulary.
 
-    The processor writes placeholders between the start and the end of an image, which count as text; the model's VQ
-    encoder replaces them, row by row. Image words that the ids name themselves are image tokens as well. Raises
-    InputError for a processor that writes another number of placeholders than the encoder makes codes.
+    The VQ encoder replaces the processor's placeholders row by row (InputError if not as many as codes); the words of
+    start and end around them count as text, and image words that the ids name themselves as image tokens.
     """
 
     _processing = {"return_for_text_completion": True}  # `prompt` writes the separator; a document has none
@@ -376,9 +352,6 @@ class ChameleonAdapter(Adapter):
     def raw(self, text):
         return super().raw(text).replace("IMGIMG", "IMG IMG")
 
-    def image_mask(self, input_ids):
-        return torch.isin(input_ids, self._image_ids.to(input_ids.device))
-
 
 @contextmanager
 def attention_weights(model) -> Iterator[None]:
@@ -391,49 +364,34 @@ def attention_weights(model) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-FAMILIES = {
-    "chameleon": ChameleonAdapter,
-    "llava": LlavaAdapter,
-    "llava_next": LlavaNextAdapter,
-    "vision-encoder-decoder": CaptionerAdapter,
-}
+FAMILIES = {"chameleon": ChameleonAdapter, "llava": LlavaAdapter, "llava_next": LlavaNextAdapter}
+FAMILIES["vision-encoder-decoder"] = CaptionerAdapter
 
 
 def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False) -> Adapter:
-    """Load a checkpoint with its tokenizer or processor.
-
-    ``name`` is ``tinyworld/<model>`` (shipped with the package), a local folder, or a hub id. Weights are read from
-    safetensors only. Raises InputError when there is no such model, device or dtype, a file is damaged, or its tensors
-    are not those of the config.
-    """
+    """Load a checkpoint (safetensors) with its tokenizer or processor: ``tinyworld/<model>``, shipped with the package,
+    a local folder, or a hub id. Raises InputError when there is no such model, device or dtype, a file is damaged, or
+    its tensors are not those of the config."""
     import transformers as hf
 
-    path = resolve(name)
+    path, processor = resolve(name), None
     options = {"trust_remote_code": trust_remote_code}
-    config = _read(name, hf.AutoConfig.from_pretrained, path, **options)
-    if config.model_type not in FAMILIES:
-        model = _weights(name, hf.AutoModelForCausalLM, path, device, dtype, **options)
-        return Adapter(name, model, _read(name, hf.AutoTokenizer.from_pretrained, path, **options))
-    if config.model_type == "vision-encoder-decoder":  # image processor and tokenizer lie side by side
+    family = FAMILIES.get(_read(name, hf.AutoConfig.from_pretrained, path, **options).model_type, Adapter)
+    if family is CaptionerAdapter:  # image processor and tokenizer lie side by side
         processor = _read(name, hf.AutoImageProcessor.from_pretrained, path, backend="pil", **options)
-        tokenizer = _read(name, hf.AutoTokenizer.from_pretrained, path, **options)
-    else:
+    elif family is not Adapter:
         processor = _read(name, hf.AutoProcessor.from_pretrained, path, **options)
         if not hasattr(processor, "image_processor"):
-            raise InputError(
-                f"{name} has no image processor: add its preprocessor_config.json or processor_config.json"
-            )
-        tokenizer = processor.tokenizer
-    model = _weights(name, hf.AutoModelForImageTextToText, path, device, dtype, **options)
-    return FAMILIES[config.model_type](name, model, tokenizer, processor)
+            raise InputError(f"{name} has no image processor: add its preprocessor_config.json")
+    factory = hf.AutoModelForCausalLM if family is Adapter else hf.AutoModelForImageTextToText
+    model = _weights(name, factory, path, device, dtype, **options)
+    tokenizer = getattr(processor, "tokenizer", None) or _read(name, hf.AutoTokenizer.from_pretrained, path, **options)
+    return family(name, model, tokenizer, processor)
 
 
 @torch.no_grad()
 def classify(name: str, batches: Iterable[Sequence[Image.Image]], device: str = "auto", dtype: str = "float32"):
-    """Class scores and penultimate features of a supervised image classifier, the baseline.
-
-    Returns ``(logits [N, classes], features [N, d])``, float32 arrays; errors as `load`.
-    """
+    """A supervised image classifier, the baseline: logits [N, classes] and penultimate features [N, d], float32."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     path = resolve(name)
