@@ -33,7 +33,9 @@ class Run:
         expected = defaults(repo_root() / "notebooks" / f"{notebook}.ipynb")
         if missing := [name for name in expected if name not in namespace]:
             raise InputError(f"{notebook}: parameter '{missing[0]}' is not defined; run the parameters cell first")
-        self.parameters = check({name: namespace[name] for name in expected}, expected, notebook)
+        injected = [text for text in namespace.get("In", []) if text.startswith("# Parameters\n")]  # by papermill
+        given = re.findall(r"^(\w+) = ", injected[-1] if injected else "", re.M)
+        self.parameters = check({name: namespace[name] for name in [*expected, *given]}, expected, notebook)
         self.notebook, self.profile = notebook, self.parameters.get("profile", "tiny")
         if not re.fullmatch(r"[\w-]+", self.profile):
             raise InputError(f"{notebook}: profile '{self.profile}' names a folder; use letters, digits, - and _")
