@@ -35,7 +35,7 @@ ATTRIBUTES = {
     "th": ["colspan", "rowspan", "scope"],
     "details": ["open"],
 }
-PROGRESS = re.compile(r"\d+%\||\d+it \[|\r")
+PROGRESS = re.compile(r"\d%\||\dit \[|\r")
 DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
 
 
@@ -242,7 +242,10 @@ def render_index(plan, names, page):
     cards, total = [], 0
     for name in names:
         executed, (status, result) = plan.executed(name), plan.outcome(name)
-        shown = nbformat.read(executed if executed.is_file() else plan.notebook(name), as_version=4)
+        try:
+            shown = nbformat.read(executed if executed.is_file() else plan.notebook(name), as_version=4)
+        except Exception:  # a broken source, which its status tells of
+            shown = nbformat.v4.new_notebook()
         total += status.get("duration_s", 0)
         card = {
             "name": name,
