@@ -2,6 +2,7 @@
 #   PROFILE=paper         another folder of params/
 #   ONLY=03               only this notebook (and what it needs, if that is out of date)
 #   SINGLE=1              also each report as one self-contained HTML file, to mail
+# make ledger             reports/PROFILE_ledger.md, which is committed, from a run of all notebooks (a run leaves it alone)
 # make test               the tests;  make hygiene: format, lint, no stored outputs
 # make lab                JupyterLab on the notebooks
 # Each makes .venv when it is missing or older than the pins; python3 and make are all it needs.
@@ -17,9 +18,12 @@ BIN := $(VENV)/bin
 # idle OpenMP threads sleep: spinning ones slow small kernels down several times beside a busy neighbour
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: reports test lab hygiene env
+.PHONY: reports ledger test lab hygiene env
 reports: $(STAMP)
 	$(BIN)/python -m mmsae_helpers.suite.runner --profile "$(PROFILE)" --only "$(ONLY)" $(if $(SINGLE),--single)
+
+ledger: $(STAMP)
+	$(BIN)/python -m mmsae_helpers.suite.runner --profile "$(PROFILE)" --ledger
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS)

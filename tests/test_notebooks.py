@@ -59,7 +59,7 @@ def test_parameters(path):
     known = parameters.defaults(path)
     assert set(papermill.inspect_notebook(path)) == set(known), "papermill must see every parameter"
     assert known["profile"] == "tiny"
-    for profile in parameters.PROFILES:
+    for profile in parameters.profiles(ROOT):
         values = parameters.load(ROOT / "params" / profile / f"{path.stem}.yaml", path)
         assert values["profile"] == profile
         if profile == "tiny":

@@ -64,12 +64,35 @@ def test_good_values_pass_and_ints_become_floats(notebook):
         ("lr: .nan", "nan"),
         ("- a", "holds a list"),
         ("lr: [", "is not YAML"),
+        ("lr: 0.1\nsteps: 1\nlr: 0.2", "'lr' is there twice"),
+        ("labels: {b: 1, b: 2}", "'b' is there twice"),
+        ("lr: 0.1\n---\nlr: 0.2", "is not YAML"),
+        ("{[1]: 2}", "is not YAML"),
     ],
 )
 def test_bad_values_get_one_line_that_names_file_and_parameter(notebook, text, says):
     with pytest.raises(InputError) as caught:
         load(notebook, text)
     assert says in str(caught.value) and "x.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_encodings(notebook):
+    path = notebook.with_name("x.yaml")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_bytes("release: jalapeño\n".encode(encoding))
+        assert parameters.load(path, notebook) == {"release": "jalapeño"}
+    for encoding in ("latin-1", "utf-16-le"):
+        path.write_bytes("release: jalapeño\n".encode(encoding))
+        with pytest.raises(InputError, match="x.yaml: is not YAML in UTF-8") as caught:
+            parameters.load(path, notebook)
+        assert "\n" not in str(caught.value)
+
+
+def test_profiles_are_the_folders_of_params(tmp_path):
+    for name in ("tiny", "my-own_2", ".ipynb_checkpoints", "with space"):
+        (tmp_path / "params" / name).mkdir(parents=True)
+    (tmp_path / "params/README").write_text("no folder")
+    assert parameters.profiles(tmp_path) == ["my-own_2", "tiny"]
 
 
 def test_missing_file_and_missing_tag(notebook):
@@ -82,6 +105,7 @@ def test_missing_file_and_missing_tag(notebook):
 
 
 def test_computed_default_is_refused(tmp_path):
-    throwaway.write(tmp_path, "01_x", parameters="a = 1\nb = a * 2")
-    with pytest.raises(InputError, match="line 2 of the parameters cell"):
-        parameters.defaults(tmp_path / "notebooks" / "01_x.ipynb")
+    for line in ("b = a * 2", "b = c = 1", "print(1)", "%matplotlib inline", "<<<<<<< HEAD"):
+        throwaway.write(tmp_path, "01_x", parameters=f"a = 1\n{line}")
+        with pytest.raises(InputError, match="line 2 of the parameters cell"):
+            parameters.defaults(tmp_path / "notebooks" / "01_x.ipynb")

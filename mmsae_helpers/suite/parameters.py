@@ -1,6 +1,6 @@
 """Parameter files checked against the notebook they are for.
 
-Papermill only warns of an unknown key, and YAML reads ``1e-4`` as text. Here both are an `InputError`.
+Papermill only warns of an unknown key, YAML reads 1e-4 as text, of equal keys the last counts. Here all are refused.
 """
 
 import ast
@@ -10,9 +10,14 @@ import os
 import re
 from pathlib import Path
 
-from mmsae_helpers.errors import InputError
+import yaml
 
-PROFILES = ("smoke", "tiny", "paper")
+from mmsae_helpers.errors import InputError, first_line
+
+
+def profiles(root):
+    """Names of the profiles: the folders of ``params/`` that are letters, digits, - and _."""
+    return sorted(p.name for p in (Path(root) / "params").glob("*/") if re.fullmatch(r"[A-Za-z0-9_-]+", p.name))
 
 
 def repo_root():
@@ -26,11 +31,16 @@ def repo_root():
 
 
 def read_notebook(path):
-    """Notebook as a plain dict; `InputError` if it is not there."""
+    """Notebook as a plain dict; `InputError` if it is not there or not of nbformat 4."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such notebook") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is no notebook ({first_line(error)}); cut off, or a merge conflict?") from None
+    if not isinstance(notebook, dict) or notebook.get("nbformat") != 4 or "cells" not in notebook:
+        raise InputError(f"{path}: is no notebook of nbformat 4; open it in JupyterLab and save it")
+    return notebook
 
 
 def source(cell):
@@ -44,13 +54,13 @@ def defaults(notebook_path):
     if len(cells) != 1:
         raise InputError(f"{notebook_path}: {len(cells)} cells are tagged 'parameters'; tag exactly one")
     found = {}
-    for node in ast.parse(source(cells[0])).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
-        try:
+    try:
+        for node in ast.parse(source(cells[0])).body:
+            (target,) = node.targets
             found[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
-            where = f"{notebook_path}: line {node.lineno} of the parameters cell"
-            raise InputError(f"{where} must read 'name = literal'") from None
+    except (AttributeError, TypeError, ValueError, SyntaxError) as error:
+        line = error.lineno if isinstance(error, SyntaxError) else node.lineno
+        raise InputError(f"{notebook_path}: line {line} of the parameters cell must read 'name = literal'") from None
     return found
 
 
@@ -76,8 +86,9 @@ def _fit(value, default, where):
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(default):
-        kinds = type(value).__name__, type(default).__name__
-        raise InputError(f"{where} is {value!r} ({kinds[0]}); give a {kinds[1]}, like {default!r}")
+        raise InputError(
+            f"{where} is {value!r} ({type(value).__name__}); give a {type(default).__name__}, like {default!r}"
+        )
     if value != value:
         raise InputError(f"{where} is not a number (nan); give one")
     if isinstance(default, list):
@@ -94,19 +105,22 @@ def _common(items):
     return 0.0 if types == {int, float} else items[0] if len(types) == 1 else None
 
 
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        keys = [str(key.value) for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"'{twice}' is there twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def load(params_path, notebook_path):
-    """What a parameter file sets, checked against the notebook's parameters cell.
-
-    `InputError` for a missing or malformed file, an unknown key or a wrong type.
-    """
-    import yaml
-
+    """What a parameter file sets, checked against the notebook's parameters cell; `InputError` where it is wrong."""
     try:
-        values = yaml.safe_load(Path(params_path).read_text(encoding="utf-8")) or {}
+        values = yaml.load(Path(params_path).read_bytes(), _Loader) or {}  # bytes: it knows UTF-8 and UTF-16
     except FileNotFoundError:
         raise InputError(f"{params_path}: no such parameter file; every notebook has one per profile") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{params_path}: is not YAML ({' '.join(str(error).split())})") from None
+        raise InputError(f"{params_path}: is not YAML in UTF-8 ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise InputError(f"{params_path}: holds a {type(values).__name__}; write 'name: value' lines")
     return check(values, defaults(notebook_path), str(params_path))
