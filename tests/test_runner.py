@@ -206,11 +206,15 @@ def waiting(tmp_path):
     temporary = tempfile.mkdtemp(prefix="t-")
     begun = []
 
-    def start(profile="tiny"):
+    def start(profile="tiny", hangup=signal.SIG_DFL):
         command = [sys.executable, "-m", "mmsae_helpers.suite.runner", "--root", tmp_path, "--profile", profile]
         environment = os.environ | {"TMPDIR": temporary, "PYTHONPATH": str(runner.PACKAGE.parent)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        inherited = {signal.SIGINT: signal.SIG_DFL, signal.SIGHUP: hangup}  # whatever these tests run under
+        before = {number: signal.signal(number, action) for number, action in inherited.items()}
         begun.append(subprocess.Popen(command, env=environment, **pipes))
+        for number, action in before.items():
+            signal.signal(number, action)
         seen = tmp_path / f"artifacts/{profile}/01_slow/begun"
         while not seen.exists():
             assert begun[-1].poll() is None, begun[-1].communicate()
@@ -266,11 +270,7 @@ def test_an_ended_run_leaves_nothing_and_a_rerun_continues(waiting, number):
 
 def test_nohup_keeps_its_meaning(waiting):
     root, start = waiting
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does, inherited
-    try:
-        process, *_ = start()
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    process, *_ = start(hangup=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     (root / "go").touch()
     assert process.wait() == 0
