@@ -1,7 +1,7 @@
 """The stream of residual activations: several hook points in one pass, stopping after the last hooked block.
 
-Block outputs are read by forward hooks (``blocks.L.hook_resid_post``), never from ``hidden_states``, whose last entry
-transformers returns after the final norm. Shapes: B inputs, T positions (padded right), N kept tokens.
+Hooks read block outputs (``blocks.L.hook_resid_post``), since the last of transformers' ``hidden_states`` is after the
+final norm. Shapes: B inputs, T positions (padded right), N kept tokens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -54,11 +54,9 @@ class _Stop(Exception):
 
 @contextmanager
 def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> Iterator[dict[int, torch.Tensor]]:
-    """Hook decoder blocks; one `run` inside the context fills the dict yielded: layer -> [B, T, d_model].
-
-    ``as_published`` reads each block's input instead of its output (METHODS A.3 a). A second forward inside one context
-    raises RuntimeError rather than overwrite the first. InputError for a layer out of range or no layers at all.
-    """
+    """Hook decoder blocks; one `run` inside the context fills the dict yielded: layer -> [B, T, d_model]; a second
+    raises RuntimeError. ``as_published`` reads each block's input instead of its output (METHODS A.3 a). InputError for
+    a layer out of range or no layers at all."""
     layers = sorted({adapter.check_layer(layer) for layer in layers})
     if not layers:
         raise InputError("no layers to read: give at least one layer number")
@@ -139,20 +137,13 @@ def kept(adapter, inputs, is_image: torch.Tensor, keep: Keep, keep_special: bool
     """Which positions `stream` keeps, bool [B, T]; ``is_image`` bool [B, T]."""
     ids = inputs["input_ids"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    if keep == "image":
-        return real & is_image
-    if keep == "all":
-        return real
+    special = [] if keep_special else sorted(adapter.tokenizer.all_special_ids)
+    text = real & ~is_image & ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype, device=ids.device))
     order = torch.arange(ids.shape[1], device=ids.device)
-    if keep == "last":
-        return real & (order == torch.where(real, order, -1).amax(dim=1, keepdim=True))
-    if keep in ("after_image", "all_after_image"):
-        last = torch.where(is_image, order, -1).amax(dim=1, keepdim=True)
-        return real & (last >= 0) & (order == last + 1 if keep == "after_image" else order > last)
-    text = real & ~is_image
-    if not keep_special:
-        text &= ~torch.isin(ids, torch.tensor(sorted(adapter.tokenizer.all_special_ids), device=ids.device))
-    return text | (real & is_image) if keep == "content" else text
+    end, last = (torch.where(mask, order, -1).amax(dim=1, keepdim=True) for mask in (real, is_image))
+    after = real & (last >= 0) & (order > last)
+    masks = {"image": real & is_image, "text": text, "content": text | real & is_image, "all": real}
+    return (masks | {"after_image": after & (order == last + 1), "all_after_image": after, "last": order == end})[keep]
 
 
 def _check(name: str, value: str, allowed) -> None:

@@ -1,11 +1,8 @@
 """The shard cache: activations on disk, content-addressed by what made them, checksummed, resumable.
 
-    root/<hash of the description>/description.json
-    root/<hash of the description>/layer_07/samples_000500-001000.safetensors
-
-A shard is one layer's residuals of a range of samples with sample id, position, token, modality and patch
-beside every token, and a SHA-256 of all that in its own header: one atomic rename commits it, and several
-notebooks may fill one folder at a time.
+A shard, <hash of the description>/layer_07/samples_000500-001000.safetensors, has one layer's residuals of a range of
+samples with sample id, position, token, modality and patch beside every token, and a SHA-256 of it all in its header:
+one atomic rename commits it, and several notebooks may fill one folder at a time.
 """
 
 import hashlib
@@ -33,13 +30,10 @@ _BESIDE = (*_INT, "is_image")
 class Tokens:
     """One activation pass that can be gone over again and again: from shards where there is a folder, else anew.
 
-    ``make(start, stop, layers)`` yields TokenBatches of samples start to stop - 1. ``description`` (JSON) says what of;
-    it names the shards and whatever is made from the tokens, such as trained SAEs. It leaves out layers and batch size,
-    so a notebook that needs other layers of the same pass finds the shards there are.
-
-    With a folder there is one TokenBatch a shard: from disk where valid, else made, stored, yielded. A truncated or
-    altered shard is reported in one line and made again. InputError when the disk is full. ``computed`` and ``reused``
-    count shard files.
+    ``make(start, stop, layers)`` yields TokenBatches of samples start to stop - 1. ``description`` (JSON) says what of,
+    layers and batch size left out: it names the shards and whatever is made from the tokens, such as trained SAEs. With
+    a folder there is one TokenBatch a shard, made and stored where it is missing, truncated or altered; ``computed``
+    and ``reused`` count shard files. InputError when the disk is full.
     """
 
     def __init__(self, make, description: dict, layers: Iterable[int], n_samples: int, folder=None, shard_samples=500):
@@ -77,8 +71,7 @@ class Tokens:
         name = f"samples_{start:06d}-{stop:06d}.safetensors"
         paths = {layer: self.folder / f"layer_{layer:02d}" / name for layer in self.layers}
         shards = {layer: _load(path) for layer, path in paths.items()}
-        missing = [layer for layer in self.layers if shards[layer] is None]
-        if missing:
+        if missing := [layer for layer in self.layers if shards[layer] is None]:
             batches = list(self.make(start, stop, missing))
             beside = {k: torch.cat([getattr(b, k) for b in batches]) for k in _BESIDE}
             beside |= {k: beside[k].int() for k in _INT}
@@ -88,12 +81,9 @@ class Tokens:
         self.computed += len(missing)
         self.reused += len(self.layers) - len(missing)
         first = shards[self.layers[0]]
-        for layer, shard in shards.items():
-            if not all(torch.equal(shard[k], first[k]) for k in _BESIDE):
-                raise InputError(
-                    f"layers {self.layers[0]} and {layer} of {name} in {self.folder} hold different tokens: the data "
-                    "changed but its description did not; delete that folder"
-                )
+        if any(not torch.equal(shard[k], first[k]) for shard in shards.values() for k in _BESIDE):
+            differ = f"layers of {name} in {self.folder} hold different tokens"
+            raise InputError(f"{differ}: the data changed but its description did not; delete that folder")
         acts = {layer: shard["acts"] for layer, shard in shards.items()}
         return TokenBatch(acts, is_image=first["is_image"], **{k: first[k].long() for k in _INT})
 
@@ -115,31 +105,17 @@ def _load(path: Path) -> dict[str, torch.Tensor] | None:
 
 
 def of_images(
-    folder,
-    adapter,
-    images,
-    layers,
-    *,
-    batch_size,
-    question="",
-    texts=None,
-    keep="image",
-    reading="corrected",
-    start=0,
-    stop=None,
-) -> Tokens:
-    """Tokens of an `data.ImageData` in the chat template with ``question``, or with ``texts``, one an image.
-
-    ``start`` and ``stop`` choose images (and their texts); ``folder`` None does not store the tokens."""
+    folder, adapter, images, layers, *, batch_size, question="", texts=None, keep="image", reading="corrected",
+    start=0, stop=None,
+) -> Tokens:  # fmt: skip
+    """Tokens of images ``start`` to ``stop`` of an `data.ImageData` in the chat template with ``question``, or with
+    ``texts``, one an image; ``keep`` and ``reading`` as of `stream`. ``folder`` None does not store them."""
     texts = None if texts is None else list(texts)[start:stop]
     dataset = images.dataset.select(range(start, len(images.dataset) if stop is None else stop))
     batches = partial(data.batches, adapter, dataset, batch_size, question=question, texts=texts)
-    about = {
-        "images": images.fingerprint,
-        "rows": [start, start + len(dataset)],
-        "prompt": adapter.prompt(question) if texts is None else fingerprint(texts),
-    }
-    return _tokens(adapter, batches, about, layers, keep, reading, len(dataset), folder)
+    about = {"images": images.fingerprint, "rows": [start, start + len(dataset)]}
+    about["prompt"] = adapter.prompt(question) if texts is None else fingerprint(texts)
+    return _tokens(adapter, batches, about, layers, len(dataset), folder, keep, reading)
 
 
 def of_texts(
@@ -150,10 +126,10 @@ def of_texts(
     batches = partial(data.interleaved_batches, adapter, texts, batch_size, max_tokens=max_tokens)
     content = [t if isinstance(t, str) else [t.text, *map(data.image_digest, t.images)] for t in texts]
     about = {"texts": fingerprint(content), "max_tokens": max_tokens}
-    return _tokens(adapter, batches, about, layers, keep, reading, len(texts), folder)
+    return _tokens(adapter, batches, about, layers, len(texts), folder, keep, reading)
 
 
-def _tokens(adapter, batches, about, layers, keep, reading, n_samples, folder) -> Tokens:
+def _tokens(adapter, batches, about, layers, n_samples, folder, keep, reading) -> Tokens:
     def make(start, stop, layers):
         return stream(adapter, batches(start=start, stop=stop), layers, keep, reading)
 
@@ -162,10 +138,7 @@ def _tokens(adapter, batches, about, layers, keep, reading, n_samples, folder) -
 
 
 def fingerprint(thing) -> str:
-    """SHA-256 of content, equal in every process.
-
-    A model or adapter (weights, config, image processor), or anything that goes into JSON.
-    """
+    """SHA-256, equal in every process, of a model or adapter (weights, config, image processor) or of JSON."""
     image_processor = getattr(getattr(thing, "processor", None), "image_processor", None)
     if not hasattr(thing, "state_dict"):  # an adapter; models have a .model too
         thing = getattr(thing, "model", thing)
@@ -189,7 +162,6 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def _without_place(settings):
     """Nested settings without what depends on where, and whether, they were saved."""
-    if isinstance(settings, dict):
-        left_out = ("_name_or_path", "transformers_version", "architectures", "dtype")
-        return {k: _without_place(v) for k, v in settings.items() if k not in left_out}
-    return settings
+    left_out = ("_name_or_path", "transformers_version", "architectures", "dtype")
+    nested = isinstance(settings, dict)
+    return {k: _without_place(v) for k, v in settings.items() if k not in left_out} if nested else settings

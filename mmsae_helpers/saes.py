@@ -1,14 +1,12 @@
-"""Sparse autoencoders, all of them sae-lens's: train, load, control, and measure.
+"""Sparse autoencoders, all of them sae-lens's (imported inside functions, for it takes seconds): train, load, control.
 
-Shapes: x [tokens, d_in] residual activations, f [tokens, d_sae] features >= 0. `sae_lens` is imported inside
-functions because that alone takes seconds.
+Shapes: x [tokens, d_in] residual activations, f [tokens, d_sae] features >= 0.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, tee
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,13 +35,11 @@ class TrainingConfig:
     """How an SAE is trained; names and meanings are sae-lens's.
 
     l1_coefficient: weight of the penalty sum_j f_j ||W_dec_j||; grows linearly over l1_warm_up_steps.
-    lr, lr_warm_up_steps, lr_decay_steps: Adam's rate; linear warm-up, constant, linear decay to 0.
-    steps, batch_size: optimiser steps, and tokens in each.
+    lr: Adam's; linear warm-up, constant, linear decay to 0. steps: the optimiser's, each of batch_size tokens.
     normalize_activations: "expected_average_only_in" scales the input to a mean norm of sqrt(d_in) while training, by
         a factor estimated on the first norm_batches and folded into the weights; or "none".
     b_dec_init: "zeros" (sae-lens), or "mean": of those first batches.
-    loss: "standard" (sae-lens's); or "as_printed" in paper B, mean squared error + l1_coefficient * mean(f), both means
-        over every element, whatever the decoder's norms.
+    loss: "standard" (sae-lens's), or "as_printed" in paper B: mean squared error + l1_coefficient * mean(f).
     autocast: multiply in bfloat16 where the processor has it (weights and optimiser stay float32): 3 times faster.
     """
 
@@ -92,11 +89,9 @@ class Job(NamedTuple):
 
 
 def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> Iterator[dict]:
-    """Mix a stream of TokenBatch into batches {layer: [batch_size, d]}; the same tokens in every layer.
-
-    A buffer of `buffer` tokens is filled, half of it drawn at random, and so on. A callable that returns a fresh stream
-    is replayed without end (epochs); an iterator ends with its tokens, less an incomplete batch.
-    """
+    """Mix a stream of TokenBatch into batches {layer: [batch_size, d]}, the same tokens in every layer, half of the
+    tokens in `buffer` at a time. A callable that returns a fresh stream is replayed without end; an iterator ends with
+    its tokens, less an incomplete batch."""
     order, held, rows = torch.Generator().manual_seed(seed), [], 0
 
     def draw(leave: int):
@@ -152,10 +147,9 @@ def fit(batches, jobs: Mapping[Hashable, Job], *, d_in: int, device="cpu", progr
 
     `batches` may be a callable that returns a fresh stream: called again where norm_batches are many, not to hold them.
     A lean loop over sae-lens's training class: its initialisation, loss, schedules and clipping at 1.0, with fused Adam
-    and less bookkeeping (a test compares it with `SAETrainer`). A seed decides the initial weights and, unless
-    `keep_order`, the order of the tokens within every CHUNK batches; an SAE does not depend on the jobs beside it.
-    Returns inference SAEs by job, input scaling folded in, without gradients; `sae.cfg.metadata.trained_norm` is the
-    mean norm of the activations it was trained on.
+    (a test compares it with `SAETrainer`). A seed decides the initial weights and, unless `keep_order`, the order of
+    the tokens within every CHUNK batches; an SAE does not depend on the jobs beside it. Returns inference SAEs by job,
+    input scaling folded in; `sae.cfg.metadata.trained_norm` is the mean norm of the activations it was trained on.
     Raises InputError where the stream ends early, and for activations of another width, not finite, or all zero.
     """
     from tqdm import tqdm
@@ -197,11 +191,11 @@ def _checked(batches, layers: Sequence[int], d_in: int) -> Iterator[dict[int, to
     """The batches' layers that are trained on; InputError for another width, and where a token is not finite."""
     for i, batch in enumerate(batches):
         for layer in layers:
-            if batch[layer].shape[1] != d_in:
-                raise InputError(f"SAE training: activations are {batch[layer].shape[1]} wide, but d_in is {d_in}")
-            bad = (~batch[layer].sum(1, dtype=torch.float32).isfinite()).nonzero().flatten().tolist()
-            if bad:
-                where = f"layer {layer}, first in token {bad[0]} of batch {i}"
+            if (width := batch[layer].shape[1]) != d_in:
+                raise InputError(f"SAE training: activations are {width} wide, but d_in is {d_in}")
+            bad = ~batch[layer].sum(1, dtype=torch.float32).isfinite()
+            if bad.any():
+                where = f"layer {layer}, first in token {int(bad.nonzero()[0])} of batch {i}"
                 raise InputError(f"SAE training: NaN or infinite activations of {where}; mend or drop that input")
         yield {layer: batch[layer] for layer in layers}
 
@@ -231,9 +225,8 @@ class _Trainer:
             self.sae.b_dec.data = (total / n * self.scale).float().to(device)
         self.weights = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
         self.optimiser = torch.optim.Adam(self.weights, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2), fused=True)
-        self.lr = get_lr_scheduler(
-            "constant", self.optimiser, cfg.steps, cfg.lr, cfg.lr_warm_up_steps, cfg.lr_decay_steps, cfg.lr, 1
-        )
+        spans = cfg.lr_warm_up_steps, cfg.lr_decay_steps
+        self.lr = get_lr_scheduler("constant", self.optimiser, cfg.steps, cfg.lr, *spans, cfg.lr, 1)
         self.l1 = CoefficientScheduler(cfg.l1_warm_up_steps, cfg.l1_coefficient)
 
     def step(self, x: torch.Tensor) -> None:
@@ -274,12 +267,10 @@ class _Trainer:
 
 
 def obtain(source, *, d_in: int, layers, seeds=(0,), sae_id=SAE_ID, device="cpu", any_hook=False, **training) -> dict:
-    """SAEs by (layer, seed): trained, from a local folder, or from a sae-lens release.
+    """SAEs by (layer, seed); where there is one a layer whatever the seed, under the first seed: go over the keys.
 
-    source "train": as `trained`, whose options are in `training`, with one `config` for all.
-    source a folder: sae-lens format, in subfolders `sae_id` or layer_LL_seed_S.
-    source a release, e.g. "gemma-2b-res-jb": `SAE.from_pretrained(release, sae_id)`.
-    Where there is one SAE a layer whatever the seed, it stands under the first seed: go over the keys.
+    source: "train", as `trained`, whose options are in `training`, with one `config` for all; a folder in sae-lens
+    format, with subfolders `sae_id` or layer_LL_seed_S; or a sae-lens release, e.g. "gemma-2b-res-jb".
 
     Raises InputError: folder missing, release or id unknown, offline; an SAE unreadable, not finite, not d_in wide,
     scaled by a factor it does not tell, or, unless `any_hook`, meant for another place than the block's output.
@@ -332,8 +323,7 @@ def _released(release: str, sae_id: str, d_in: int, device: str):
 def _usable(sae, where: str, d_in: int | None = None, factor: float | None = None):
     if d_in not in (None, sae.cfg.d_in):
         raise InputError(f"the SAE {where} takes activations {sae.cfg.d_in} wide, the model's are {d_in} wide")
-    bad = [name for name, values in sae.state_dict().items() if not values.isfinite().all()]
-    if bad:
+    if bad := [name for name, values in sae.state_dict().items() if not values.isfinite().all()]:
         raise InputError(f"the SAE {where} has NaN or infinite values in {', '.join(bad)}: get or train another")
     scaling = sae.cfg.normalize_activations
     if scaling in ("expected_average_only_in", "covariance_whitening"):  # sae-lens would not scale at all
@@ -348,13 +338,10 @@ def _usable(sae, where: str, d_in: int | None = None, factor: float | None = Non
 def trained(
     jobs: Mapping[Hashable, Job], *, folder, description, make, d_in: int, device="cpu", progress=True, together=None
 ) -> dict:
-    """SAEs by job: those in `folder` are loaded, the others trained in one `fit` and saved, each whole or not.
-
-    An SAE's place is `folder`/<hash of description, config, d_in>/layer_LL_seed_S; `make(layers)` gives the batches.
-    together: train that many at a time, on a stream each time, and leave all SAEs in the CPU's memory (see `lent`).
-    """
-    rest = "cpu" if together else device
-    found, places, texts = {}, {}, {}
+    """SAEs by job: those in `folder`/<hash of description, config, d_in>/layer_LL_seed_S are loaded, the others trained
+    in one `fit` on the batches of `make(layers)` and saved. together: train that many at a time, on a stream each time,
+    and leave all SAEs in the CPU's memory (see `lent`)."""
+    rest, found, places, texts = "cpu" if together else device, {}, {}, {}
     for key, job in jobs.items():
         about = {"description": description, "config": asdict(job.config), "d_in": d_in, "format": 2}
         texts[key] = json.dumps(about, sort_keys=True)
@@ -370,9 +357,8 @@ def trained(
     for some in groups(missing, together):
         stream = make(sorted({job.layer for job in some.values()}))
         for key, sae in fit(stream, some, d_in=d_in, device=device, progress=progress).items():
-            places[key].parent.mkdir(parents=True, exist_ok=True)
-            (places[key].parent / "description.json").write_text(texts[key])
             save(sae, places[key])
+            (places[key].parent / "description.json").write_text(texts[key])
             found[key] = sae.to(rest)
     return {key: found[key] for key in jobs}
 
@@ -382,15 +368,14 @@ def save(sae, folder: Path | str) -> None:
     from safetensors import SafetensorError
 
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        sae.save_model(temporary)
-        if not folder.exists():
-            os.replace(temporary, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            sae.save_model(whole := Path(temporary) / "sae")
+            if not folder.exists():
+                whole.rename(folder)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         raise InputError(f"cannot save an SAE in {folder}: {first_line(error)}; free some space") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -399,16 +384,15 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
 
     Random unit directions in the encoder, b_dec the mean of `acts` [N, d_in] as `like` scales them, and for each
     feature the bias at which all fire equally often and mean L0 on `acts` equals `like`'s; ``matched``: at which it
-    fires on as many of `acts` as the feature of `like` with its number, so that as many are as rare, or dead. A
-    JumpReLU feature starts at its own threshold; a TopK's control is a standard SAE, since K a token leaves no choice
-    of counts. The decoder is the same directions times one factor, that of least squared error on `acts`; at length 1
-    overlapping ones add up to more than there is. Raises InputError for other architectures.
+    fires on as many of `acts` as the feature of `like` with its number. A JumpReLU feature starts at its own threshold;
+    a TopK's control is a standard SAE, since K a token leaves no choice of counts. The decoder is the same directions
+    times one factor, that of least squared error on `acts`. Raises InputError for other architectures.
     """
     from sae_lens import SAE
 
-    kind = like.cfg.architecture()
-    if kind not in ("standard", "jumprelu", "topk") or like.cfg.reshape_activations != "none":
-        shape = f"{kind} (reshape_activations: {like.cfg.reshape_activations})"
+    kind, reshaped = like.cfg.architecture(), like.cfg.reshape_activations
+    if kind not in ("standard", "jumprelu", "topk") or reshaped != "none":
+        shape = f"{kind} (reshape_activations: {reshaped})"
         raise InputError(f"no random control of an SAE of architecture {shape}: give a standard, jumprelu or topk one")
     acts = acts.to(like.device, torch.float32)
     counts = sum((like.encode(x) > 0).sum(0) for x in acts.split(1024))
@@ -445,11 +429,8 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
 
 
 def random_saes(saes: Mapping, acts: Mapping, scales: Mapping | None = None, first_seed=1000, matched=True) -> dict:
-    """A `random_sae` for each SAE by its key (layer, ..., seed), on `acts` {layer: [N, d_in]}.
-
-    `scales` by key multiply the activations first. The directions depend on seed and layer alone: another draw at each
-    block, while controls of one SAE matched on text and on image tokens differ in thresholds only.
-    """
+    """A `random_sae` for each SAE by its key (layer, ..., seed), on `acts` {layer: [N, d_in]} times the key's scale.
+    Directions depend on seed and layer alone, so that matched on text and on image tokens only thresholds differ."""
 
     def control(key):
         own = acts[key[0]] * (scales or {}).get(key, 1.0)
@@ -484,11 +465,10 @@ class LossRecovered(NamedTuple):
 
 @torch.no_grad()
 def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, keep="all", *, together=None) -> dict:
-    """LossRecovered by key, for several SAEs of one layer, over batches of `activations.Inputs`.
+    """LossRecovered by key, over all text targets of batches of `activations.Inputs`, for several SAEs of one layer.
 
-    Replaced are the outputs of block `layer` at the tokens the SAE is meant for: `keep` "text", "image" or "all"; never
-    padding or special tokens such as BOS. The loss is over all text targets. together: lend the model's device to that
-    many SAEs at a time.
+    Replaced are the outputs of block `layer` at tokens `keep` "text", "image" or "all", never padding or special ones.
+    together: lend the model's device to that many SAEs at a time.
     """
     if together:
         held, found = list(batches), {}
