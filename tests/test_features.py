@@ -46,6 +46,11 @@ def pooled_by_definition(z, rows, n_samples, n):
     return np.array(values).astype(np.float32), np.array(counts)
 
 
+def of_samples(rows):
+    """A batch as far as pooling reads it."""
+    return SimpleNamespace(sample=torch.as_tensor(rows))
+
+
 def same(a, b):
     return all(np.array_equal(x.toarray(), y.toarray()) for x, y in zip(a, b, strict=True))
 
@@ -76,21 +81,21 @@ def test_pooling_is_the_definition(data):
         values, counts = pooled_by_definition(z, rows, 6, n)
         assert np.array_equal(out[n].values.toarray(), values)
         assert np.array_equal(out[n].counts.toarray(), counts)
-        assert same(pooling.pool(features.to_csr(z), rows, 6, n), out[n])
+        assert same(pooling.pool_all(features.to_csr(z), rows, 6, (n,))[n], out[n])
 
 
 @given(token_features(), st.data())
 def test_pooling_in_chunks_is_pooling_at_once(data, draw):
     z, rows = data
     csr = features.to_csr(z)
-    whole, stream = pooling.PoolStream(NS), pooling.PoolStream(NS)
-    whole.add(csr, rows)
+    whole, stream = pooling.Pooling(None, 0, NS), pooling.Pooling(None, 0, NS)
+    whole.add(of_samples(rows), csr)
     edges = sorted(draw.draw(st.sets(st.integers(0, 6))) | {0, 6})
     for lo, hi in zip(np.searchsorted(rows, edges[:-1]), np.searchsorted(rows, edges[1:]), strict=True):
-        stream.add(csr[lo:hi], torch.from_numpy(rows[lo:hi]))
+        stream.add(of_samples(rows[lo:hi]), csr[lo:hi])
     a, b = whole.result(), stream.result()
-    assert np.array_equal(a.sample, b.sample) and np.array_equal(a.sample, np.unique(rows))
-    assert all(same(a.pooled[n], b.pooled[n]) for n in NS)
+    assert np.array_equal(whole.sample, stream.sample) and np.array_equal(whole.sample, np.unique(rows))
+    assert all(same(a[n], b[n]) for n in NS)
 
 
 @given(token_features(), st.randoms())
@@ -122,22 +127,22 @@ def test_argpartition_gives_the_same_counts_where_nothing_ties():
     z = np.random.default_rng(1).random((50, 200), dtype=np.float32)
     one_hot = np.zeros_like(z)
     np.put_along_axis(one_hot, np.argpartition(z, -10, axis=1)[:, -10:], 1, axis=1)
-    counts = pooling.pool(features.to_csr(z), np.zeros(50, int), 1, 10).counts
+    counts = pooling.pool_all(features.to_csr(z), np.zeros(50, int), 1, (10,))[10].counts
     assert np.array_equal(counts.toarray()[0], one_hot.sum(axis=0))
 
 
 def test_a_sample_split_between_chunks_is_refused():
-    stream = pooling.PoolStream((1,))
-    stream.add(features.to_csr(np.ones((2, 3))), [4, 5])
+    stream = pooling.Pooling(None, 0, (1,))
+    stream.add(of_samples([4, 5]), features.to_csr(np.ones((2, 3))))
     with pytest.raises(ValueError, match="sample 5 came twice"):
-        stream.add(features.to_csr(np.ones((1, 3))), [5])
-    assert stream.result().sample.tolist() == [4, 5]
+        stream.add(of_samples([5]), features.to_csr(np.ones((1, 3))))
+    assert len(stream.result()[1].values.toarray()) == 2 and stream.sample == [4, 5]
     with pytest.raises(ValueError, match="nothing was pooled"):
         stream.result()
     with pytest.raises(ValueError, match="outside 0 to 1"):
-        pooling.pool(features.to_csr(np.ones((2, 3))), [0, 2], 2)
+        pooling.pool_all(features.to_csr(np.ones((2, 3))), [0, 2], 2)
     with pytest.raises(ValueError, match="2 tokens but 1"):
-        pooling.pool(features.to_csr(np.ones((2, 3))), [0], 2)
+        pooling.pool_all(features.to_csr(np.ones((2, 3))), [0], 2)
 
 
 def test_encode_is_dense_encode_in_chunks():
@@ -194,7 +199,7 @@ def test_maximum_and_share_on_object_are_the_definition(data, wanted):
 
 
 def test_one_kept_feature_is_one_entry_of_both_matrices():
-    pooled = pooling.pool(features.to_csr(np.eye(3)), [0, 0, 1], 2, 1)
+    pooled = pooling.pool_all(features.to_csr(np.eye(3)), [0, 0, 1], 2, (1,))[1]
     assert isinstance(pooled.values, sp.csr_matrix)
     assert np.shares_memory(pooled.values.indices, pooled.counts.indices)
     assert pooled.values.dtype == np.float32 and pooled.counts.dtype == np.int32

@@ -100,13 +100,13 @@ def test_grid_runs_all_and_repeats_exactly():
         ("sum", "raw"): sp.csr_matrix(X),
         ("sum", "binary"): sp.csr_matrix((X > 0).astype(np.float32)),
     }
-    table = probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], progress=False)
+    table = probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2])
     assert len(table) == 12 and table.value.between(0.1, 1).all()
     row = table.iloc[7]
     train, test = probes.splits(y, row.train_parts, row.test_parts, row.seed)
     assert probes.probe(features[row["name"]], y, train, test) == row.value
-    assert table.equals(probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], progress=False))
-    named = probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], names="pooling form", progress=False)
+    assert table.equals(probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2]))
+    named = probes.grid(features, y, [(1, 9), (5, 5)], [0, 1, 2], names="pooling form")
     assert [*zip(named.pooling, named.form, strict=True)] == table.name.tolist() and named.value.equals(table.value)
 
 

@@ -25,13 +25,6 @@ class Pooled(NamedTuple):
     counts: sp.csr_matrix
 
 
-class PooledSamples(NamedTuple):
-    """Result of a `PoolStream`: sample ids [S] (int64) in row order, and one `Pooled` per requested N."""
-
-    sample: np.ndarray
-    pooled: dict[int | None, Pooled]
-
-
 def pool_all(features: sp.csr_matrix, sample_rows, n_samples: int, ns: Sequence = POOLINGS) -> dict:
     """Pool tokens into samples for every N of ``ns`` in one pass (None: sum over all active features): {N: Pooled}.
 
@@ -95,56 +88,33 @@ def _stack(parts: list[Pooled], d: int) -> Pooled:
     return Pooled(values, _like(values, counts))
 
 
-def pool(features: sp.csr_matrix, sample_rows, n_samples: int, n: int | None = None) -> Pooled:
-    """`pool_all` for a single N (None: sum over all active features)."""
-    return pool_all(features, sample_rows, n_samples, (n,))[n]
-
-
-class PoolStream:
-    """Pools a stream of token features; holds nothing but the pooled result.
-
-    ``add`` takes all tokens of a sample in one call (ValueError when a sample comes back). ``result`` returns what was
-    pooled since the last call and forgets it.
-    """
-
-    def __init__(self, ns: Sequence = POOLINGS):
-        self.ns = tuple(ns)
-        self._seen = Once()
-        self._parts: list[PooledSamples] = []
-
-    def add(self, features: sp.csr_matrix, sample) -> None:
-        """``features`` csr [tokens, d_sae], ``sample`` [tokens] sample ids."""
-        ids, rows = np.unique(np.asarray(sample), return_inverse=True)
-        self._seen(ids)
-        self._parts.append(PooledSamples(ids, pool_all(features, rows, len(ids), self.ns)))
-
-    def result(self) -> PooledSamples:
-        """Rows in the order in which samples came (ascending id within one ``add``)."""
-        parts, self._parts = self._parts, []
-        if not parts:
-            raise ValueError("nothing was pooled: the stream gave no tokens")
-        d = next(iter(parts[0].pooled.values())).values.shape[1]
-        sample = np.concatenate([p.sample for p in parts])
-        return PooledSamples(sample, {n: _stack([p.pooled.pop(n) for p in parts], d) for n in self.ns})
-
-
 class Pooling(Meter):
-    """`PoolStream` of one SAE; ``keep`` (TokenBatch -> bool [N]) chooses tokens. The result is {N: `Pooled`}."""
+    """Pools the features of one SAE; ``keep`` (TokenBatch -> bool [N]) chooses tokens. The result is {N: `Pooled`}.
+
+    ``add`` takes all tokens of a sample in one call (ValueError when a sample comes back); ``sample`` lists the ids by
+    row: as they came, ascending within one ``add``. ``result`` forgets what it gave.
+    """
 
     def __init__(self, sae, layer: int, ns: Sequence = POOLINGS, scale: float = 1.0, keep: Callable | None = None):
         super().__init__(sae, layer, scale)
-        self.stream, self.keep = PoolStream(ns), keep
+        self.ns, self.keep, self.once, self.sample, self.parts = tuple(ns), keep, Once(), [], []
 
     def add(self, batch, features: sp.csr_matrix) -> None:
         sample = batch.sample.numpy()
         if self.keep:
             rows = np.flatnonzero(self.keep(batch))
             features, sample = features[rows], sample[rows]
-        self.stream.add(features, sample)
+        ids, rows = np.unique(sample, return_inverse=True)
+        self.once(ids)
+        self.sample += ids.tolist()
+        self.parts.append(pool_all(features, rows, len(ids), self.ns))
 
     def result(self) -> dict:
-        """Rows in the order of the samples."""
-        return self.stream.result().pooled
+        parts, self.parts = self.parts, []
+        if not parts:
+            raise ValueError("nothing was pooled: the stream gave no tokens")
+        d = next(iter(parts[0].values())).values.shape[1]
+        return {n: _stack([part.pop(n) for part in parts], d) for n in self.ns}
 
 
 def matrices(pooled: Mapping, reading: str = "corrected") -> dict[tuple[str, str], sp.csr_matrix]:

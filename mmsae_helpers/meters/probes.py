@@ -109,26 +109,24 @@ def _predict(X, y, train_idx, test_idx, classifier="lda", standardise="train", a
     return classes[scores.argmax(1)]
 
 
+def _sklearn(model, Z: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(W [d, k], bias [k]) of a scikit-learn classifier; for two classes it keeps the second one's only."""
+    W, bias = model.fit(Z, target).coef_.T, model.intercept_
+    return (W, bias) if W.shape[1] > 1 else (np.hstack([-W, W]), np.append(-bias, bias))
+
+
 def _ridge(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray]:
-    """One against all, least squares on targets -1 and 1: (W [d, k], bias [k])."""
+    """One against all, least squares on targets -1 and 1."""
     if alpha == "auto":
         alphas, held = [a * len(Z) for a in RELATIVE_ALPHAS], _every_fifth(target)
         tries = (RidgeClassifier(alpha=a).fit(Z[~held], target[~held]) for a in alphas)
         alpha = alphas[int(np.argmax([model.score(Z[held], target[held]) for model in tries]))]
-    return _weights(RidgeClassifier(alpha=alpha).fit(Z, target))
+    return _sklearn(RidgeClassifier(alpha=alpha), Z, target)
 
 
 def _logistic(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndarray, np.ndarray]:
-    alpha = 1.0 if alpha == "auto" else alpha
     # three times the default tolerance: half the time, Macro F1 within .02 of the optimum's
-    return _weights(LogisticRegression(C=1 / alpha, max_iter=1000, tol=3e-4).fit(Z, target))
-
-
-def _weights(model) -> tuple[np.ndarray, np.ndarray]:
-    """Those of a scikit-learn classifier [d, k] and [k]; for two classes it keeps the second one's only."""
-    if len(model.coef_) > 1:
-        return model.coef_.T, model.intercept_
-    return np.vstack([-model.coef_, model.coef_]).T, np.append(-model.intercept_, model.intercept_)
+    return _sklearn(LogisticRegression(C=1 / (1.0 if alpha == "auto" else alpha), max_iter=1000, tol=3e-4), Z, target)
 
 
 def _every_fifth(target: np.ndarray) -> np.ndarray:
@@ -192,17 +190,15 @@ def _discriminants(count, mean, within, alpha: float, dtype) -> tuple[np.ndarray
     return weights, np.log(np.maximum(count, 1e-3) / n) - 0.5 * np.einsum("kd,dk->k", mean, weights)
 
 
-def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, names="name", progress=True, **options):
+def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, names="name", **options) -> pd.DataFrame:
     """Macro F1 of every feature matrix x split (train_parts, test_parts) x seed; one core works on each fit.
 
-    A data frame with the columns name (the key in `features`, or its parts as ``names`` calls them in one string),
-    train_parts, test_parts, seed, value.
+    Columns: name, the key in `features` (or its parts, as ``names`` calls them in one string), train_parts, test_parts,
+    seed, value.
     """
-    from tqdm import tqdm
-
+    y, names = np.asarray(y), names.split()
     split = {(part, seed): splits(y, *part, seed) for part in parts for seed in seeds}
-    tasks = [(name, part, seed) for name in features for part, seed in split]
-    names = names.split()
+    tasks = [(name, *key) for name in features for key in split]
 
     def run(task):
         name, part, seed = task
@@ -210,10 +206,8 @@ def grid(features: Mapping, y, parts: Sequence[tuple[int, int]], seeds, names="n
         f1 = macro_f1(y[test], _predict(features[name], y, train, test, **options))
         return (*(name if len(names) > 1 else [name]), *part, seed, f1)
 
-    y = np.asarray(y)
     with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        rows = list(tqdm(pool.map(run, tasks), "probes", len(tasks), mininterval=1, disable=not progress))
-    return pd.DataFrame(rows, columns=[*names, "train_parts", "test_parts", "seed", "value"])
+        return pd.DataFrame(pool.map(run, tasks), columns=[*names, "train_parts", "test_parts", "seed", "value"])
 
 
 def chosen(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -223,10 +217,8 @@ def chosen(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     would flatter itself; with a single seed there is no other, and it is.
     """
     apart = [c for c in table if c not in (*by, "value")]
-    shared = [c for c in apart if c != "seed"]
-    mean = table.groupby([*shared, *by], sort=False)["value"].agg(["sum", "count"])
-    rows = table.join(mean, on=[*shared, *by])
-    alone = rows["count"] == 1
-    rows["others"] = (rows["sum"] - rows["value"].where(~alone, 0)) / (rows["count"] - ~alone)
-    best = rows.sort_values("others", ascending=False, kind="stable").drop_duplicates(apart)
-    return best.sort_index()[list(table)].reset_index(drop=True)
+    cell = table.groupby([c for c in (*apart, *by) if c != "seed"], sort=False)["value"]
+    total, n = cell.transform("sum"), cell.transform("count")
+    others = ((total - table["value"]) / (n - 1)).where(n > 1, total)
+    best = table.assign(others=others).sort_values("others", ascending=False, kind="stable").drop_duplicates(apart)
+    return best.sort_index().drop(columns="others")

@@ -17,10 +17,12 @@ import tempfile
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
+import torch
 
 from mmsae_helpers.meters import features, pooling
 
@@ -68,13 +70,13 @@ def speed(rounds=7):
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         for n in (1, 3, 5, 10, 50):
-            counts = pooling.pool(sparse, rows, 1, n).counts.toarray()[0]
+            counts = pooling.pool_all(sparse, rows, 1, (n,))[n].counts.toarray()[0]
             assert np.array_equal(counts, definition(z, n)), "not equal to the definition"
             calls = (
                 lambda: store_and_reload(z, Path(folder)),
                 lambda n=n: definition(z, n),
-                lambda n=n: pooling.pool(sparse, rows, 1, n),
-                lambda n=n: pooling.pool(features.to_csr(z), rows, 1, n),
+                lambda n=n: pooling.pool_all(sparse, rows, 1, (n,)),
+                lambda n=n: pooling.pool_all(features.to_csr(z), rows, 1, (n,)),
             )
             disk, plain, from_sparse, from_dense = times_in_turn(calls, rounds)
             ratio = [x / ours for x in (disk + plain, plain) for ours in (from_sparse, from_dense)]
@@ -90,10 +92,10 @@ def speed(rounds=7):
 def peak_memory(images):
     """Peak MiB above the one dense input while ``images`` images are pooled, each result used and dropped."""
     z = made_features(TOKENS, D_SAE, ACTIVE)
-    stream = pooling.PoolStream()
+    stream = pooling.Pooling(None, 0)
     tracemalloc.start()
     for image in range(images):
-        stream.add(features.to_csr(z), np.full(TOKENS, image))
+        stream.add(SimpleNamespace(sample=torch.full((TOKENS,), image)), features.to_csr(z))
         stream.result()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -103,13 +105,13 @@ def peak_memory(images):
 def throughput(tokens=640_000, chunk=32_000, active=250, d_sae=1_024):
     """Seconds to pool that many tokens of the tiny world's density for all N, dense to sparse included."""
     z = made_features(chunk, d_sae, active)
-    stream, rows = pooling.PoolStream(), np.repeat(np.arange(chunk // 64), 64)
+    stream, rows = pooling.Pooling(None, 0), np.repeat(np.arange(chunk // 64), 64)
     begun = time.perf_counter()
     for start in range(0, tokens, chunk):
-        stream.add(features.to_csr(z), rows + start // 64)
+        stream.add(SimpleNamespace(sample=torch.from_numpy(rows + start // 64)), features.to_csr(z))
     pooled = stream.result()
     seconds = time.perf_counter() - begun
-    arrays = ((p.values.data, p.values.indices, p.counts.data) for p in pooled.pooled.values())
+    arrays = ((p.values.data, p.values.indices, p.counts.data) for p in pooled.values())
     size = sum(a.nbytes for three in arrays for a in three)
     print(f"{tokens} tokens x {active} active of {d_sae}, all N, dense to sparse included: ", end="")
     print(f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s; result {size / 2**20:.0f} MiB")
