@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from mmsae_helpers.errors import InputError
 
@@ -20,23 +21,9 @@ SIDE = 8  # thumbnails in a row, and rows, of a sprite sheet
 
 
 def write(
-    folder,
-    table,
-    top_ids,
-    top_values,
-    heat,
-    images,
-    histograms,
-    bin_edges,
-    tokens,
-    neighbours,
-    *,
-    title,
-    note,
-    heat_note,
-    n_tokens,
-    thumbnail=64,
-):
+    folder, table, top_ids, top_values, heat, images, histograms, bin_edges, tokens, neighbours, *,
+    title, note, heat_note, n_tokens, thumbnail=64,
+):  # fmt: skip
     """Write the browser of R features into ``folder``, replacing what is there; returns the path of its index.html.
 
     ``table``: DataFrame, a row a feature, columns `COLUMNS`: layer (number or name) and feature, together unique; label
@@ -44,12 +31,11 @@ def write(
     (similarity-weighted monosemanticity) and purity of the attribute value named in about, nan where undefined; max,
     the largest activation. ``top_ids`` [R, k]: indices into ``images``, -1 for none, and ``top_values`` [R, k] their
     activations. ``heat``: uint8 [R, k, rows, cols] over the image's patches, or a function from row numbers to the
-    same for these rows, or None; ``heat_note`` says what it is and how it is scaled. ``images``: all images measured,
-    by index, PIL of any mode; each is shown stretched to a square of ``thumbnail`` pixels, as the encoder sees it.
-    ``histograms`` [R, bins]: tokens with a positive activation, between ``bin_edges`` [bins + 1] or [R, bins + 1].
-    ``tokens``: R lists of (word, mean activation, tokens of that word, over which the mean is). ``neighbours``: row
-    numbers [R, m], -1 for none, and decoder cosines [R, m]. ``n_tokens``: tokens measured. Raises InputError where
-    shapes do not agree.
+    same for these rows, or None; ``heat_note`` says what it is. ``images``: all images measured, PIL of any mode, shown
+    stretched to squares of ``thumbnail`` pixels. ``histograms`` [R, bins]: tokens with a positive activation, between
+    ``bin_edges`` [bins + 1] or [R, bins + 1]. ``tokens``: R lists of (word, mean activation, tokens of that word).
+    ``neighbours``: row numbers [R, m], -1 for none, and decoder cosines [R, m]. ``n_tokens``: tokens measured. Raises
+    InputError where shapes do not agree.
     """
     top_ids, top_values, histograms = np.asarray(top_ids), np.asarray(top_values), np.asarray(histograms)
     near, cosines = map(np.asarray, neighbours)
@@ -94,12 +80,8 @@ def write(
         codes, values = pd.factorize(table[name].fillna("").astype(str))
         columns |= {name: codes.tolist(), f"{name}s": list(values)}
     (part / "table.js").write_text(f"mmsae.table(JSON.parse({_json(_json(columns))}))", encoding="utf-8")
-    digest = hashlib.sha256()
-    for path in sorted(p for p in part.rglob("*") if p.is_file()):
-        digest.update(path.read_bytes())
-    version = digest.hexdigest()[
-        :12
-    ]  # a reader's cache keeps no older file, and whoever copies the folder sees a change
+    content = b"".join(path.read_bytes() for path in sorted(part.rglob("*")) if path.is_file())
+    version = hashlib.sha256(content).hexdigest()[:12]  # in the addresses, so that no reader's cache shows older files
     meta = {"title": title, "note": note, "heat_note": heat_note, "n_images": len(images), "n_tokens": int(n_tokens)}
     meta |= {"thumbnail": thumbnail, "side": SIDE, "chunk": CHUNK, "rare": top_ids.shape[1], "version": version}
     fills = {"title": html.escape(title), "meta": _json(meta), "version": version}
@@ -141,8 +123,6 @@ def _check(table, top_ids, top_values, histograms, edges, tokens, near, cosines,
 
 def _sheet(images, ids, size):
     """Up to SIDE x SIDE thumbnails of ``size`` pixels side by side; what is transparent is white."""
-    from PIL import Image
-
     sheet = Image.new("RGB", (SIDE * size, -(-len(ids) // SIDE) * size), "white")
     for at, index in enumerate(ids):
         small = images[int(index)].convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
