@@ -82,8 +82,7 @@ class Tokens:
         self.reused += len(self.layers) - len(missing)
         first = shards[self.layers[0]]
         if any(not torch.equal(shard[k], first[k]) for shard in shards.values() for k in _BESIDE):
-            differ = f"layers of {name} in {self.folder} hold different tokens"
-            raise InputError(f"{differ}: the data changed but its description did not; delete that folder")
+            raise InputError(f"layers of {name} hold different tokens, so the data changed: delete {self.folder}")
         acts = {layer: shard["acts"] for layer, shard in shards.items()}
         return TokenBatch(acts, is_image=first["is_image"], **{k: first[k].long() for k in _INT})
 

@@ -61,7 +61,7 @@ class Adapter:
     @property
     def blocks(self) -> torch.nn.ModuleList:
         """The decoder blocks, in order."""
-        decoder = self.model.get_decoder()
+        decoder = self.model.get_decoder().base_model
         return decoder.layers if hasattr(decoder, "layers") else decoder.h
 
     def check_layer(self, layer: int) -> int:
@@ -97,11 +97,9 @@ class Adapter:
         return math.prod(self.patch_grid) - self._offset
 
     def encode(self, texts: Sequence[str], images: Sequence | None = None, fits: bool = True) -> dict[str, Tensor]:
-        """Model inputs on the model's device, padded right: ``input_ids`` and ``attention_mask`` [B, T], and pixels.
-
-        ``images``: for each text a PIL image, or a list of as many as it has placeholders, in order. Raises InputError
-        where the counts differ, and where a text with images is longer than the context, unless ``fits`` is False.
-        """
+        """Model inputs on the model's device, padded right: ``input_ids`` and ``attention_mask`` [B, T], and pixels of
+        ``images``: for each text one, or a list of as many as it has placeholders. Raises InputError where the counts
+        differ, and where a text with images is longer than the context, unless ``fits`` is False."""
         bos = self.tokenizer.bos_token  # which a template that writes it must not get twice
         options = {"return_tensors": "pt", "padding": True}
         options["add_special_tokens"] = not (bos and texts[0].startswith(bos))
@@ -257,8 +255,7 @@ class CaptionerAdapter(Adapter):
 
     def __init__(self, name, model, tokenizer, processor):
         if not all(hasattr(block, "crossattention") for block in getattr(model.decoder.base_model, "h", [None])):
-            kind = model.config.decoder.model_type
-            raise InputError(f"decoder of {name} ({kind}) lacks GPT-2 blocks with cross-attention: use a captioner")
+            raise InputError(f"the decoder of {name} lacks GPT-2 blocks with cross-attention: use a captioner")
         super().__init__(name, model, tokenizer, processor)
         vision = model.config.encoder
         if vision.model_type in ("vit", "deit"):
@@ -270,10 +267,6 @@ class CaptionerAdapter(Adapter):
         known = (getattr(c, "decoder_start_token_id", None) for c in (options, model.config))
         start = next((token for token in known if token is not None), tokenizer.bos_token_id)
         self._start = tokenizer.convert_ids_to_tokens(start)
-
-    @property
-    def blocks(self) -> torch.nn.ModuleList:
-        return self.model.decoder.base_model.h
 
     def prompt(self, question: str = "", image: bool = True) -> str:
         """The empty text: a captioner writes about its image alone. Raises InputError for a question."""

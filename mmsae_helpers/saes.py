@@ -75,9 +75,8 @@ class TrainingConfig:
             "b_dec_init: zeros or mean": self.b_dec_init in ("zeros", "mean"),
             f"normalize_activations: one of {', '.join(scalings)}": self.normalize_activations in scalings,
         }
-        for rule, held in rules.items():
-            if not held:
-                raise InputError(f"SAE training needs {rule}; but got {self}")
+        if broken := [rule for rule, held in rules.items() if not held]:
+            raise InputError(f"SAE training needs {broken[0]}; but got {self}")
 
 
 class Job(NamedTuple):
@@ -211,10 +210,8 @@ class _Trainer:
         self.job, self.device = job, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
-            shape = StandardTrainingSAEConfig(
-                d_in=d_in, d_sae=cfg.d_sae, normalize_activations=cfg.normalize_activations,
-                decoder_init_norm=cfg.decoder_init_norm, l1_coefficient=cfg.l1_coefficient,
-            )  # fmt: skip
+            same = ("d_sae", "normalize_activations", "decoder_init_norm", "l1_coefficient")
+            shape = StandardTrainingSAEConfig(d_in=d_in, **{name: getattr(cfg, name) for name in same})
             self.sae = StandardTrainingSAE(shape).to(device)
         n, norm, total = map(sum, zip(*sums[: cfg.norm_batches], strict=True)) if sums else (1, 0.0, 0)
         if not norm:
@@ -246,8 +243,7 @@ class _Trainer:
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        with warnings.catch_warnings():  # torch's SequentialLR calls its own deprecated form
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):  # torch's SequentialLR calls its own deprecated form
             self.lr.step()
         self.l1.step()
 
@@ -255,9 +251,7 @@ class _Trainer:
         from sae_lens import SAE
 
         self.optimiser = self.lr = None  # twice the weights' memory
-        if self.scale != 1.0:
-            self.sae.fold_activation_norm_scaling_factor(self.scale)
-        self.sae.cfg.normalize_activations = "none"
+        self.sae.fold_activation_norm_scaling_factor(self.scale)
         (layer, seed, _), about = self.job, self.sae.cfg.metadata
         about.trained_norm, about.seed, about.hook_name = self.trained_norm, seed, SAE_ID.format(layer=layer)
         with torch.random.fork_rng(devices=[]):
