@@ -23,6 +23,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
+from torch.utils.data import BatchSampler
 
 from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
@@ -188,17 +189,16 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
     dataset, labels = _normalised(rows, name)
     own = np.array([i for i in range(len(dataset)) if not undivided or _ten(i // 10)[i % 10] == part], int)
     good = own[labels[own] >= 0]
-    if len(good) < len(own) and on_bad_label == "stop":
-        what = f"{len(own) - len(good)} of {len(own)} rows read of {name} have no label (None, NaN, empty or negative)"
-        raise InputError(f"{what}: label them, or set on_bad_label: skip")
+    if (unlabelled := len(own) - len(good)) and on_bad_label == "stop":
+        raise InputError(f"{unlabelled} of {len(own)} rows of {name} have no label (or < 0): set on_bad_label: skip")
     if per_class is not None:
         classes = pd.Series(good).groupby(labels[good])
         if (counts := classes.size()).min() < per_class:
             raise InputError(f"class {counts.idxmin()} of {name} has fewer than {per_class} images: lower their number")
         good = classes.sample(per_class, random_state=seed).sort_values().to_numpy()
-    images = ImageData(*_decodable(dataset.select(good), good, name, on_bad_image), len(own) - len(good), part or "")
+    images = ImageData(*_decodable(dataset.select(good), good, name, on_bad_image), unlabelled, part or "")
     if not len(images.dataset):
-        why = f"{images.unlabelled} rows have no label, {len(images.skipped)} images cannot be decoded"
+        why = f"{unlabelled} rows have no label, {len(images.skipped)} images cannot be decoded"
         raise InputError(f"no image of {name} {images.part} is left of {len(own)}: {why}")
     return images
 
@@ -241,36 +241,33 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
     found, numbered = Documents(), enumerate(rows.decode(False))
     with ThreadPoolExecutor(32) as pool:
         while chunk := list(islice(numbered, min(256, count - len(found)))):
-            for (i, _), made in zip(chunk, pool.map(_document, [row for _, row in chunk]), strict=True):
-                if isinstance(made, Interleaved):
-                    found.append(made)
-                else:
-                    found.skipped.append(f"row {i}: {made}")
+            made = list(pool.map(_document, *zip(*chunk, strict=True)))
+            found += [one for one in made if isinstance(one, Interleaved)]
+            found.skipped += [one for one in made if isinstance(one, str)]
     if len(found) < count:
         few = f"{name} has {len(found)} documents with all their images but {count} are needed"
         raise InputError(f"{few} ({len(found.skipped)} left out): lower their number")
     return found
 
 
-def _document(row: dict) -> Interleaved | str:
-    """A row of OBELICS, or why an image of it cannot be had; InputError for a full disk."""
+def _document(at: int, row: dict) -> Interleaved | str:
+    """Row ``at`` of a file like OBELICS, or a line on why an image of it cannot be had; InputError for a full disk."""
     parts = [(text, source) for text, source in zip(row["texts"], row["images"], strict=True) if text or source]
     text = " ".join(PLACEHOLDER if source else text.replace(PLACEHOLDER, "< image>") for text, source in parts)
     try:
-        return Interleaved(text, [_file(source) for _, source in parts if source]) if any(row["images"]) else "no image"
+        files = [_file(source) for _, source in parts if source]
+        return Interleaved(text, files) if files else f"row {at}: no image"
     except InputError:
         raise
     except Exception as error:  # the network, the file system and Pillow raise dozens of kinds
-        return first_line(error)[:200]
+        return f"row {at}: {first_line(error)[:200]}"
 
 
 def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, *, start=0, stop=None, max_tokens=None):
     """Model inputs for documents (or texts) ``start`` to ``stop``, cut at ``max_tokens``, by default the context, or
     before an image that does not fit whole; `cut` counts. Raises InputError where nothing is left."""
-    stop = len(documents) if stop is None else stop
     limit = max_tokens or adapter.config.max_position_embeddings
-    for first in range(start, stop, batch_size):
-        rows = range(first, min(first + batch_size, stop))
+    for rows in BatchSampler(range(start, len(documents) if stop is None else stop), batch_size, drop_last=False):
         some = [(documents[i], i) for i in rows]  # text alone is cut without being tokenized twice
         some = [(adapter.raw(d), []) if isinstance(d, str) else _fitted(adapter, d, limit, i)[:2] for d, i in some]
         texts, images = zip(*some, strict=True)
@@ -372,11 +369,8 @@ def batches(adapter, dataset, batch_size: int, *, question="", texts=None, start
     texts = [adapter.prompt(question)] * len(dataset) if texts is None else texts
     if len(texts) != len(dataset):
         raise InputError(f"{len(texts)} texts but {len(dataset)} images: give one text an image")
-    stop = len(dataset) if stop is None else stop
-    for first in range(start, stop, batch_size):
-        rows = range(first, min(first + batch_size, stop))
-        images = dataset[first : rows.stop]["image"]
-        yield Inputs(torch.tensor(rows), adapter.encode(texts[first : rows.stop], images))
+    for rows in BatchSampler(range(start, len(dataset) if stop is None else stop), batch_size, drop_last=False):
+        yield Inputs(torch.tensor(rows), adapter.encode([texts[i] for i in rows], dataset[rows]["image"]))
 
 
 def _named(split: str, available: Iterable[str], where) -> str:
@@ -405,8 +399,7 @@ def _open(name: str, split: str | None, streaming: bool = False, otherwise: str 
             return _folder(splits[_named(split or otherwise, splits, path)]), None
         rows = _folder(path)
     elif is_file or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        known = "tinyworld, a folder, a .parquet or .arrow file, or a hub id"
-        raise InputError(f"data set {name} does not exist: give {known}")
+        raise InputError(f"data set {name} does not exist: give a folder, a .parquet or .arrow file, or a hub id")
     else:
         return _loaded(name, name, split=split or otherwise, streaming=streaming), None
     part = split and _named(split, ("train", "validation", "test"), f"{path}, divided as it has no splits,")
@@ -477,8 +470,8 @@ def _normalised(dataset: Dataset, name: str) -> tuple[Dataset, np.ndarray]:
     try:
         dataset = dataset.cast_column("image", Upright())
     except Exception as error:  # whatever converting the column's kind leads to
-        what = f"column image of {name} has no image a row but {dataset.features['image']}"
-        raise InputError(f"{what}: give one image, its path or its bytes") from error
+        kind = dataset.features["image"]
+        raise InputError(f"column image of {name} has no image a row but {kind}: give one, or its path") from error
     kind = dataset.features["fine_label"]
     if not hasattr(kind, "dtype"):
         raise InputError(f"column fine_label or label of {name} has no label a row but {kind}: give one")
