@@ -1,7 +1,7 @@
 """Executed notebooks as HTML pages that open from disk without a network, and the index page of a profile.
 
-Built on nbconvert. Whatever a notebook displays is made safe here, before the template sees it: HTML and
-Markdown are cleaned of scripts (which then stand there as text), plotly's JSON a figure, LaTeX MathML.
+What a notebook displays is made safe before nbconvert's template sees it: HTML and Markdown are cleaned of scripts
+(which then stand there as text), plotly's JSON becomes a figure, LaTeX MathML.
 """
 
 import base64
@@ -11,32 +11,36 @@ import json
 import logging
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import bleach
 import nbformat
 from bleach.css_sanitizer import CSSSanitizer
+from bs4 import BeautifulSoup
+from jinja2 import Environment, FileSystemLoader
+from math_core import LatexError, LatexToMathML
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
+from mmsae_helpers.suite import claims, results
+
 TEMPLATE = Path(__file__).resolve().parent / "report_template"
 PLOTLY = "application/vnd.plotly.v1+json"
-TAGS = set(
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 "
-    "h4 h5 h6 hr i img ins kbd li mark ol p pre q s small span strong sub summary sup table tbody td tfoot "
-    "th thead tr u ul".split()
+TAGS = bleach.ALLOWED_TAGS.union(
+    "br caption col colgroup dd del details div dl dt figcaption figure h1 h2 h3 h4 h5 h6 hr img ins kbd mark p pre q "
+    "s small span sub summary sup table tbody td tfoot th thead tr u".split()
 )
 ATTRIBUTES = {
-    "*": ["class", "id", "title", "style", "align"],
+    "*": ["class", "id", "title", "style", "align", "colspan", "rowspan", "scope", "open"],
     "a": ["href"],
     # any other image would be a request
     "img": lambda _, name, value: name in ("alt", "width", "height") or (name, value[:11]) == ("src", "data:image/"),
-    "td": ["colspan", "rowspan"],
-    "th": ["colspan", "rowspan", "scope"],
-    "details": ["open"],
 }
 PROGRESS = re.compile(r"\d%\||\dit \[|\r")
 DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
+LOG = logging.getLogger("mmsae.reports")
+LOG.setLevel(logging.ERROR)  # nbconvert warns of the pictures that get their words below
 
 
 def clean(markup):
@@ -48,8 +52,6 @@ def clean(markup):
 
 def to_mathml(latex, block=False):
     """LaTeX as MathML; as code where it cannot be read."""
-    from math_core import LatexError, LatexToMathML
-
     try:
         return LatexToMathML().convert_with_local_state(latex.strip(), displaystyle=block)
     except LatexError:
@@ -57,16 +59,13 @@ def to_mathml(latex, block=False):
 
 
 class _Renderer(IPythonRenderer):
-    """Markdown to HTML with the formulas taken out, to be put back as MathML after cleaning."""
+    """Markdown to HTML with formulas as text between two marks, to become MathML after cleaning."""
 
-    formulas: list
-
-    def inline_math(self, body, block=False):
-        self.formulas.append(to_mathml(body, block))
-        return f"\ue000{len(self.formulas) - 1}\ue001"
+    def inline_math(self, body, marks="\ue000\ue001"):
+        return marks[0] + html.escape(body) + marks[1]
 
     def block_math(self, body):
-        return self.inline_math(body, block=True)
+        return self.inline_math(body, "\ue002\ue001")
 
     def latex_environment(self, name, body):
         return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
@@ -75,10 +74,9 @@ class _Renderer(IPythonRenderer):
 def markdown(text, attachments=None):
     """Markdown with formulas as clean HTML."""
     renderer = _Renderer(escape=False, attachments=attachments, exclude_anchor_links=True)
-    renderer.formulas = []
-    text = re.sub("[\ue000\ue001]", "", text)
-    safe = clean(MarkdownWithMath(renderer=renderer).render(text))
-    return re.sub("\ue000(\\d+)\ue001", lambda found: renderer.formulas[int(found[1])], safe)
+    safe = clean(MarkdownWithMath(renderer=renderer).render(re.sub("[\ue000-\ue002]", "", text)))
+    formula = re.compile("([\ue000\ue002])(.*?)\ue001", re.S)
+    return formula.sub(lambda found: to_mathml(html.unescape(found[2]), found[1] == "\ue002"), safe)
 
 
 def plotly_figure(figure):
@@ -89,16 +87,6 @@ def plotly_figure(figure):
     return f'<div class="plotly-figure"><script type="application/json">{text}</script></div>'
 
 
-class _Exporter(HTMLExporter):
-    def __init__(self, **kw):
-        super().__init__(template_name=TEMPLATE.name, extra_template_basedirs=[str(TEMPLATE.parent)], **kw)
-        self.log = logging.getLogger("mmsae.reports")  # it warns of the pictures that get their words below
-        self.log.setLevel(logging.ERROR)
-
-    def markdown2html(self, source):
-        return markdown(source)
-
-
 def _prepare(notebook):
     """Replace what the notebook displays by what may stand in a page; bars of progress go."""
     for cell in notebook.cells:
@@ -106,25 +94,24 @@ def _prepare(notebook):
             cell.source = markdown(cell.source, cell.get("attachments"))
         cell.outputs = [o for o in cell.get("outputs", []) if not PROGRESS.search(o.get("text", ""))]
         for output in cell.outputs:
-            data = output.get("data", {})
-            page = None
-            if PLOTLY in data:
-                page = plotly_figure(data[PLOTLY])
-            elif "text/html" in data:
-                page = re.sub(
-                    r"(<td[^>]*>)\s*(?:nan|None|NaT)\s*(?=</td>)", r"\1", clean(data["text/html"]), flags=re.I
-                )
-                page = f'<div class="scroll">{page}</div>'
-            elif "text/markdown" in data:
-                page = markdown(data["text/markdown"])
-                if _mark(output):
-                    page = f'<div class="figcaption">{page}</div>'
-            elif "text/latex" in data:
-                page = to_mathml(data["text/latex"].strip("$ \n"), block=True)
             for mime in DROPPED:
-                data.pop(mime, None)
-            if page is not None:
+                output.get("data", {}).pop(mime, None)
+            if page := _markup(output):
                 output.data = nbformat.from_dict({"text/html": page})
+
+
+def _markup(output):
+    """What stands in a page for an output; "" where that is left to the template."""
+    data = output.get("data", {})
+    if PLOTLY in data:
+        return plotly_figure(data[PLOTLY])
+    if "text/html" in data:
+        page = re.sub(r"(?i)(<td[^>]*>)\s*(?:nan|None|NaT)\s*(?=</td>)", r"\1", clean(data["text/html"]))
+        return f'<div class="scroll">{page}</div>'
+    if "text/markdown" in data:
+        page = markdown(data["text/markdown"])
+        return f'<div class="figcaption">{page}</div>' if _mark(output) else page
+    return to_mathml(data["text/latex"].strip("$ \n"), block=True) if "text/latex" in data else ""
 
 
 def _mark(output):
@@ -134,50 +121,36 @@ def _mark(output):
 
 def _lead(notebook):
     """The outputs with the figure that carries the notebook and its caption, else with its first; none: empty."""
-    pairs = [
-        (outputs[i - 1], outputs[i])
-        for outputs in (cell.get("outputs", []) for cell in notebook.cells)
-        for i in range(1, len(outputs))
-        if _mark(outputs[i])
-    ]
-    return next((pair for pair in pairs if _mark(pair[1]) == "lead"), pairs[0] if pairs else ())
+    pairs = [pair for cell in notebook.cells for pair in pairwise(cell.get("outputs", [])) if _mark(pair[1])]
+    return min(pairs, key=lambda pair: _mark(pair[1]) != "lead", default=())
 
 
-def _lead_figure(notebook):
+def _lead_figure(figure, words):
     """`_lead` as markup."""
-    figure, words = (output["data"] for output in _lead(notebook))
-    caption = f'<div class="figcaption">{markdown(words["text/markdown"])}</div>'
-    if PLOTLY in figure:
-        return plotly_figure(figure[PLOTLY]) + caption
-    alt = html.escape(words["text/markdown"].replace("*", ""), quote=True)
-    return f'<img src="{_png(figure)}" alt="{alt}">{caption}'
+    alt = html.escape(words.data["text/markdown"].replace("*", ""))
+    return (_markup(figure) or f'<img src="{_png(figure)}" alt="{alt}">') + _markup(words)
 
 
-def _png(data):
-    return "data:image/png;base64," + data["image/png"].replace("\n", "") if "image/png" in data else ""
+def _png(output):
+    png = output.get("data", {}).get("image/png", "")
+    return png and "data:image/png;base64," + png.replace("\n", "")
 
 
 def _claims(result):
     """What a run says about claims, each with what the claim says."""
-    from mmsae_helpers.suite.claims import definitions
-
-    return [claim | {"says": definitions()[claim["id"]].says} for claim in result.get("claims", [])]
+    return [claim | {"says": claims.definitions()[claim["id"]].says} for claim in result.get("claims", [])]
 
 
 def render(executed, page, status, result, single=False):
-    """Write the HTML report ``page`` of the notebook ``executed`` (paths).
-
-    ``status`` and ``result`` are its ``run.json`` and ``results.json`` (empty where it failed). ``single`` makes one
-    self-contained file: plotly.js and the executed notebook inside instead of beside it.
-    """
-    from bs4 import BeautifulSoup
-
+    """Write the HTML report ``page`` of the notebook ``executed`` (paths), of its ``run.json`` and ``results.json``
+    (empty where it failed); ``single``: with plotly.js and the executed notebook inside instead of beside it."""
     notebook = nbformat.read(executed, as_version=4)
     has_plotly = any(PLOTLY in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
     title = _title(notebook, executed.stem)
-    lead = _lead_figure(notebook) if _lead(notebook) else ""
+    lead = _lead_figure(*_lead(notebook)) if _lead(notebook) else ""
     _prepare(notebook)
     given = notebook.metadata.get("papermill", {}).get("parameters", {})
+    inside = f"data:application/x-ipynb+json;base64,{base64.b64encode(executed.read_bytes()).decode()}"
     facts = {
         "title": title,
         "parameters": {k: json.dumps(v, ensure_ascii=False) for k, v in (result.get("parameters") or given).items()},
@@ -186,17 +159,15 @@ def render(executed, page, status, result, single=False):
         "lead": lead,
         "status": status,
         "minutes": _duration(status["duration_s"]),
-        "index": "index.html",
-        "executed": executed.name,
+        "index": "" if single else "index.html",
+        "executed": inside if single else executed.name,
         "executed_name": executed.name,
         "plotly": has_plotly and ("inline" if single else "plotly.min.js"),
         "plotly_js": _plotly_js() if has_plotly and single else "",
         **_assets(),
     }
-    if single:
-        content = base64.b64encode(executed.read_bytes()).decode()
-        facts |= {"index": "", "executed": f"data:application/x-ipynb+json;base64,{content}"}
-    body, _ = _Exporter().from_notebook_node(notebook, resources={"report": facts})
+    exporter = HTMLExporter(template_name=TEMPLATE.name, extra_template_basedirs=[str(TEMPLATE.parent)], log=LOG)
+    body, _ = exporter.from_notebook_node(notebook, resources={"report": facts})
     soup = BeautifulSoup(body, "html.parser")
     question = [p for p in soup.select("main section p") if p.get_text().startswith("Question.")]
     for part in [*soup.select("main h1")[:1], *question[:1]][::-1]:
@@ -225,20 +196,13 @@ def place_browser(made, folder, name):
     """Copy the feature browser in the folder ``made`` to ``folder``, with a link back to the report of ``name``."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(made, folder)
-    page = (folder / "index.html").read_text(encoding="utf-8")
-    back = f'<a href="../{html.escape(name)}.html">← the report</a>'
-    (folder / "index.html").write_text(page.replace("<!--back-->", back, 1), encoding="utf-8")
+    page, back = folder / "index.html", f'<a href="../{html.escape(name)}.html">← the report</a>'
+    page.write_text(page.read_text("utf-8").replace("<!--back-->", back, 1), "utf-8")
 
 
 def render_index(plan, names, page):
-    """Write the index page: per notebook a thumbnail, status, duration, verdicts, any traceback.
-
-    ``plan`` (`runner.Plan`) says where everything is. A notebook that never ran is shown as committed.
-    """
-    from jinja2 import Environment, FileSystemLoader
-
-    from mmsae_helpers.suite import results
-
+    """Write the index page: per notebook of ``plan`` (`runner.Plan`) a thumbnail, status, duration, verdicts, any
+    traceback. A notebook that never ran is shown as committed."""
     cards, total = [], 0
     for name in names:
         executed, (status, result) = plan.executed(name), plan.outcome(name)
@@ -252,12 +216,11 @@ def render_index(plan, names, page):
             "title": _title(shown, name),
             "page": f"{name}.html" if executed.is_file() else "",
             "browser": f"{name}_browser/index.html" if plan.browser(name).is_file() else "",
-            "thumbnail": _png(_lead(shown)[0]["data"]) if _lead(shown) else "",
-            "status": "not run",
+            "thumbnail": _png(_lead(shown)[0]) if _lead(shown) else "",
             "minutes": _duration(status.get("duration_s", 0)),
             "claims": _claims(result),
         }
-        cards.append(card | status)
+        cards.append(card | {"status": "not run"} | status)
     template = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True).get_template("overview.html.j2")
     facts = {"profile": plan.profile, "total": _duration(total), "revision": results.revision(plan.root)}
     page.write_text(template.render(cards=cards, **facts, **_assets()), encoding="utf-8")
