@@ -8,9 +8,10 @@ import papermill
 import pytest
 from test_reports import visit
 
-from mmsae_helpers.suite import parameters, results, runner
+from mmsae_helpers.suite import parameters, runner
 from mmsae_helpers.suite.claims import definitions
 
+CLAIMS_OF = {"01": "A1 A2 A3", "02": "A4 A5 A6 A7 A8", "03": "B1 B2 B3 B5", "04": "C1 C2 C3 C9", "05": "C4", "07": "B4"}
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -102,8 +103,10 @@ def test_runs_at_profile_smoke(smoke, path):
         assert set(metric) == {"value", "ci", "n", "unit"}, name
         assert isinstance(metric["value"], int | float), f"{name} is {metric['value']}"
     for claim in written["claims"]:
-        assert set(claim) == {"id", "verdict", "effect", "ci", "n", "note"}
-        assert claim["id"] in results.CLAIMS and claim["verdict"] in results.VERDICTS
+        said = [claim["as_stated"], *([claim["beyond_control"]] if definitions()[claim["id"]].control else [])]
+        assert all(one["verdict"] in VERDICTS and one["varied"] and one["unit"] for one in said) and claim["sentence"]
+        assert {"id", "version", "as_stated", "sentence", "parts", "readings", "sensitivity"} <= set(claim)
+    assert {claim["id"] for claim in written["claims"]} == set(CLAIMS_OF.get(path.stem[:2], "").split())
 
 
 def test_suite_ends_well_and_writes_the_ledger(smoke):
@@ -112,7 +115,7 @@ def test_suite_ends_well_and_writes_the_ledger(smoke):
     assert not (reports / "smoke_ledger.md").exists(), "a run leaves what is committed alone"
     assert runner.run(ROOT, "smoke", ledger=True, artifacts=artifacts.parent, reports=reports) == 0
     table = (reports / "smoke_ledger.md").read_text()
-    assert all(f"| {claim} |" in table for claim in definitions())
+    assert all(f"| {id} {about.says}" in table for id, about in definitions().items())
 
 
 def test_the_reports_open_offline_without_complaint(smoke, chromium):
