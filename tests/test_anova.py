@@ -124,7 +124,7 @@ def test_followers_are_found_against_the_shuffles():
     assert (by_chance <= 0.05).all()
     whole = [np.arange(n) for n in SHAPE]
     picks = [whole, (whole[0][::-1].repeat(2), *whole[1:]), (whole[0][:1].repeat(2), *whole[1:])]
-    again = anova.refollow(table, SHAPE, np.arange(40), split.bar(), picks, batch=15)
+    again = np.array([(anova.two_way(y[np.ix_(*pick)]).component > split.bar()).mean(0) for pick in picks])
     np.testing.assert_allclose(again[0], found.mean(0))
     assert again[1, 0] >= 0.25 and again[2, 0] == 0, "one image twice: no variance is the image's"
 

@@ -14,6 +14,7 @@ from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters import patches
 from mmsae_helpers.meters.crossmodal import CrossModal, sample_scores
 from mmsae_helpers.meters.features import encode, to_csr
+from mmsae_helpers.meters.feed import feed
 
 P = 4
 
@@ -81,6 +82,27 @@ def test_one_forward_serves_all_scores_weights_and_hook_points(llava, image_batc
         assert sum(len(part["cosine"]) for part in of_patches[layer]) == sum(map(len, of_samples[layer])) == 10
         assert all((part["cooccurrence"] > 0).any() for part in of_patches[layer])
         assert (np.concatenate(norms[layer]) > 0).all()
+
+
+def test_the_meter_equals_the_scores_of_the_whole_pass_in_any_reading(llava, image_batches):
+    batches = list(stream(llava, image_batches(0, 10, 4), [1], keep="all"))
+    sae = SimpleNamespace(encode=lambda x: torch.relu(torch.cat([x, -x], dim=1)))
+    whole = {
+        of: torch.cat([getattr(batch, of) for batch in batches]) for of in ("sample", "position", "patch", "is_image")
+    }
+    acts, weights = torch.cat([batch.acts[1] for batch in batches]), np.random.default_rng(0).standard_normal(64)
+    layout = torch.full((10, int(whole["position"].max()) + 1), -1)
+    layout[whole["sample"], whole["position"]] = whole["patch"]
+    shifted = torch.where(layout >= 0, (layout + 1) % P, -1)
+    meters = {way: patches.PatchScores(sae, 1, weights, of, P) for way, of in (("as is", layout), ("off", shifted))}
+    found = feed(meters, batches)
+    rest = whole["sample"], whole["patch"], whole["is_image"]
+    expected = patches.scores(encode(sae, acts), *rest, weights, P)
+    expected["norm"] = patches.average(acts.norm(dim=1), whole["sample"], whole["patch"], 10, P)
+    assert list(found["as is"]) == list(expected)
+    for method, of in expected.items():
+        np.testing.assert_allclose(found["as is"][method], of)
+        np.testing.assert_allclose(found["off"][method], np.roll(of, 1, axis=1))
 
 
 # ---------------------------------------------------------------- baselines

@@ -113,20 +113,6 @@ def split(pooled, shape: tuple[int, int, int], wanted, *, n_shuffles: int = 0, s
     return Split(Shares(eta, component), null)
 
 
-def refollow(pooled, shape: tuple[int, int, int], wanted, bar, picks, batch: int = 128) -> np.ndarray:
-    """Share of the features ``wanted`` (as in `split`) above their ``bar`` [F, 4] on parts of the table, [picks, 4].
-
-    ``picks``: (images, questions, phrasings), index arrays of at least 2 each: resampled, or some left out.
-    """
-    above = np.zeros((len(picks), 4))
-    for start in range(0, len(wanted), batch):
-        now = slice(start, start + batch)
-        values = dense(pooled, shape, wanted[now])
-        for k, pick in enumerate(picks):
-            above[k] += (two_way(values[np.ix_(*pick)]).component > bar[now]).sum(0)
-    return above / max(len(wanted), 1)
-
-
 def explained(effects, values) -> np.ndarray:
     """How much of ``effects`` [I, F] the grouping of images by ``values`` [I] explains, float64 [F].
 

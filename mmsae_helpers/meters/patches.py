@@ -5,14 +5,13 @@ the base image and one of a tile): its score is the mean over them. Tokens with 
 of a tiling, show none.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters.crossmodal import active_features
@@ -194,20 +193,6 @@ def hide(inputs: dict, patch, keep) -> dict:
     dropped = (patch >= 0) & ~keep.gather(1, patch.clamp(min=0))
     mask = inputs["attention_mask"]
     return inputs | {"attention_mask": mask.masked_fill(dropped.to(mask.device), 0)}
-
-
-def answers(keeps: Mapping[Hashable, np.ndarray], ask: Callable, batch_size: int) -> dict[Hashable, np.ndarray]:
-    """``ask(samples [B], keep [B, P])`` -> [B] of all ``keeps`` {key: bool [S, P]}, as {key: [S]}.
-
-    Each different mask of a sample is asked once, however many keys have it; samples come in order, so that like lie
-    with like.
-    """
-    masks = np.stack([np.asarray(keep, bool) for keep in keeps.values()], axis=1)  # [S, keys, P]
-    sample, flat = np.repeat(np.arange(len(masks)), len(keeps)), masks.reshape(-1, masks.shape[2])
-    _, first, which = np.unique(np.column_stack([sample, flat]), axis=0, return_index=True, return_inverse=True)
-    parts = [first[i : i + batch_size] for i in range(0, len(first), batch_size)]
-    found = np.concatenate([ask(sample[part], flat[part]) for part in tqdm(parts, "answers", mininterval=1)])
-    return dict(zip(keeps, found[which].reshape(len(masks), -1).T, strict=True))
 
 
 def iou(keep, cover) -> np.ndarray:
