@@ -117,6 +117,20 @@ def test_swapped_captions_are_judged_by_image_and_by_caption():
     assert of["seed"].tolist() == [0, 1] and of["value"][0] == larger[:F][found["source"][:F]].mean()
 
 
+def test_images_are_not_dealt_out_as_captions_were_swapped():
+    """A caller swaps with the SAE's own seed: the control must not give each image what its caption says."""
+    images = 40
+    attributes = pd.DataFrame({"color": np.tile(["red", "blue", "green", "pink"], images // 4)})
+    swap = np.random.default_rng(3).permutation(images)
+    one = Survey(_sae(), 0, np.ones((images, 1)), attributes, NAMES, swap=swap, seed=3)
+    follows = np.zeros((images, F), np.float32)
+    follows[attributes["color"].to_numpy()[swap] == "red", 0] = 1  # what the caption says
+    for purity in one.purity.values():
+        purity.add(sp.csr_matrix(follows), np.arange(images))
+    table = one.table()
+    assert table["said"][0] == 1 and max(table["purity_control"][0], table["said_control"][0]) < 0.8
+
+
 def _judged(**changed):
     n = 50
     base = {"layer": 0, "arm": "a", "penalty": 1.0, "n_tokens": 40, "frequency": 0.5, "similarity": 0.5}

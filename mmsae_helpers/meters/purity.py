@@ -58,12 +58,12 @@ class Purity:
 
     ``attributes`` [S, A] of strings, of all images. Of value v of an attribute with V values, p = mean activation over
     the images with v / sum over values of that mean, and purity = (p V - 1) / (V - 1): 0 where all values are alike, 1
-    where only one fires. The best over attributes and values. ``seed``: the control, with the attributes dealt out at
-    random. ``draws``: as many bootstrap samples of the images (Poisson weights) beside, for `bootstrap`.
+    where only one fires. The best over attributes and values. ``seed`` (as of numpy): the control, with the attributes
+    dealt out at random. ``draws``: as many bootstrap samples of the images (Poisson weights) beside, for `bootstrap`.
     Raises InputError where no attribute varies.
     """
 
-    def __init__(self, attributes: pd.DataFrame, d_sae: int, seed: int | None = None, draws: int = 0):
+    def __init__(self, attributes: pd.DataFrame, d_sae: int, seed=None, draws: int = 0):
         order = np.arange(len(attributes))
         order = order if seed is None else np.random.default_rng(seed).permutation(order)
         found = {

@@ -53,7 +53,8 @@ class Survey(Meter):
         self.words, self.words_control = (WordMeans(len(names), d_sae) for _ in range(2))
         about = {"purity": attributes} | ({} if swap is None else {"said": attributes.iloc[swap]})
         self.purity = {name: Purity(of, d_sae, draws=draws * (name == "purity")) for name, of in about.items()}
-        self.purity |= {f"{name}_control": Purity(of, d_sae, seed) for name, of in about.items()}
+        dealt = [seed, 1]  # another order than a caller's own of this seed: dealt as swapped, images get their captions
+        self.purity |= {f"{name}_control": Purity(of, d_sae, dealt) for name, of in about.items()}
         self.histogram = np.zeros((d_sae, len(BIN_EDGES) - 1), np.int64)
         self.sum = np.zeros(d_sae)
 
