@@ -52,6 +52,10 @@ class ImageData(NamedTuple):
         """Raises InputError for columns that the data lacks."""
         _need("the data set", self.dataset.column_names, *columns)
 
+    def left_out(self) -> dict[str, int]:
+        """Why how many images were left out, to be recorded."""
+        return {"not decoded": len(self.skipped), "unlabelled": self.unlabelled}
+
     @property
     def labels(self) -> np.ndarray:
         """Fine labels, int [N]."""
