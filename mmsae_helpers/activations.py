@@ -53,10 +53,10 @@ class _Stop(Exception):
 
 
 @contextmanager
-def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> Iterator[dict[int, torch.Tensor]]:
+def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected", stop=True) -> Iterator[dict]:
     """Hook decoder blocks; one `run` inside the context fills the dict yielded: layer -> [B, T, d_model]; a second
-    raises RuntimeError. ``as_published`` reads each block's input instead of its output (METHODS A.3 a). InputError for
-    a layer out of range or no layers at all."""
+    raises RuntimeError. ``as_published`` reads each block's input instead of its output (METHODS A.3 a). Without
+    ``stop`` the pass goes on to the logits. InputError for a layer out of range or no layers at all."""
     layers = sorted({adapter.check_layer(layer) for layer in layers})
     if not layers:
         raise InputError("no layers to read: give at least one layer number")
@@ -68,7 +68,7 @@ def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> It
             raise RuntimeError(f"block {layer} ran twice in one hooked context; run one forward per context")
         shown = output if output is not None else args or kwargs["hidden_states"]
         found[layer] = shown[0] if isinstance(shown, tuple) else shown
-        if layer == layers[-1]:
+        if stop and layer == layers[-1]:
             raise _Stop
 
     register = "register_forward_pre_hook" if reading == "as_published" else "register_forward_hook"
@@ -78,14 +78,20 @@ def hooked(adapter, layers: Iterable[int], reading: Reading = "corrected") -> It
         yield found
 
 
-def run(adapter, inputs: dict[str, torch.Tensor]) -> None:
-    """Forward without gradients inside a `hooked` context; ends after the last hooked block."""
+def run(adapter, inputs: dict[str, torch.Tensor]):
+    """Forward without gradients inside a `hooked` context; ends after the last hooked block, or gives the output."""
     with torch.no_grad(), suppress(_Stop):
-        adapter.forward(inputs)
+        return adapter.forward(inputs)
 
 
 def stream(
-    adapter, batches: Iterable[Inputs], layers, keep: Keep = "image", reading: Reading = "corrected", keep_special=False
+    adapter,
+    batches: Iterable[Inputs],
+    layers,
+    keep: Keep = "image",
+    reading: Reading = "corrected",
+    keep_special=False,
+    see=None,
 ) -> Iterator[TokenBatch]:
     """Residuals of the kept tokens, one TokenBatch per input batch, all layers from one pass.
 
@@ -93,12 +99,15 @@ def stream(
     or per sample the first text token after the image (paper A's "EoI"), all after it (special ones too), or the last
     token (all that paper B's code kept of a caption, METHODS B.1 b). Padding is never kept. ``as_published`` takes the
     block's input, and as image tokens a fixed range of positions from 4 on, whatever they are (METHODS A.3 a, b).
+    ``see(sample, inputs, output)``, if given, is shown what the model makes of each batch: passes then go to the end.
     """
     layers = list(layers)
     _check("keep", keep, Keep)
     for sample, inputs in batches:
-        with hooked(adapter, layers, reading) as found:
-            run(adapter, inputs)
+        with hooked(adapter, layers, reading, stop=see is None) as found:
+            output = run(adapter, inputs)
+        if see:
+            see(sample, inputs, output)
         is_image, patch = _image_positions(adapter, inputs, reading)
         mask = kept(adapter, inputs, is_image, keep, keep_special)
         row, position = (i.cpu() for i in mask.nonzero(as_tuple=True))

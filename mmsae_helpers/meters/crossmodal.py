@@ -178,7 +178,8 @@ def sample_scores(features: sp.csr_matrix, sample, is_image, weights, delta: flo
 
 
 def active_features(features: sp.csr_matrix, rows, n_samples: int, is_image, delta: float = 0.0):
-    """What is active on some text token and on some image token of each sample, and how many are on all its tokens.
+    """What is active on some text token and on some image token of each sample, and how many are on all its tokens;
+    active is above ``delta``, a number or one a feature [d_sae].
 
     ``rows`` [N]: row of each token's sample. Returns (bool [S, d_sae] for text, the same for images, int [S]).
     """
@@ -189,8 +190,9 @@ def active_features(features: sp.csr_matrix, rows, n_samples: int, is_image, del
     ends = features.indptr[np.append(runs, len(kind))].tolist()
     outside = np.int64(d)  # the column too many, for what is not active
     for k, lo, hi in zip(kind[runs].tolist(), ends[:-1], ends[1:], strict=True):
-        active = features.data[lo:hi] > delta
-        found[k][np.where(active, features.indices[lo:hi], outside)] = True
+        which = features.indices[lo:hi]
+        active = features.data[lo:hi] > (delta if np.isscalar(delta) else delta[which])
+        found[k][np.where(active, which, outside)] = True
         count[k] += np.count_nonzero(active)
     return found[:n_samples, :d], found[n_samples:, :d], count[:n_samples] + count[n_samples:]
 
