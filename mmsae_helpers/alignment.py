@@ -47,24 +47,17 @@ def chats(adapter):
     out, and an end after the answer, which the model must learn to write. Raises InputError for a text-only model."""
     if adapter.image_token_id is None:
         raise InputError(f"{adapter.name} reads no images among its text: give a LLaVA or a Chameleon")
-    processor, words, prompt = copy.copy(adapter.processor), adapter.tokenizer, adapter.prompt("?")
-    image, separator, bos, eos = map(
-        json.dumps, [adapter.image_words[1], words.sep_token, words.bos_token, words.eos_token]
-    )
-    own = "{% for m in messages %}{% for p in m.content %}{{ IMAGE if p.type == 'image' else p.text }}{% endfor %}"
-    own = (
-        (own + "{{ SEPARATOR if m.role == 'user' }}{% endfor %}")
-        .replace("IMAGE", image)
-        .replace("SEPARATOR", separator)
-    )
+    processor, words = copy.copy(adapter.processor), adapter.tokenizer
+    own = "{% for m in messages %}{% for p in m.content %}{{ 'IMAGE' if p.type == 'image' else p.text }}{% endfor %}"
+    own = own.replace("IMAGE", adapter.image_words[1]) + "{{ sep_token if m.role == 'user' }}{% endfor %}"
     template = getattr(processor, "chat_template", None) or words.chat_template or own
-    if words("?").input_ids[0] == words.bos_token_id is not None and not prompt.startswith(words.bos_token):
-        template = f"{{{{ {bos} }}}}{template}"
+    if words.bos_token and words("?").input_ids[0] == words.bos_token_id:
+        template = "{{ bos_token }}" * (not adapter.prompt("?").startswith(words.bos_token)) + template
     processor.chat_template = template
     processor.return_for_text_completion = True  # or Chameleon's adds a second separator, and one after the answer
     stops = {words.eos_token_id, *np.atleast_1d(adapter.model.generation_config.eos_token_id or [])}
     if stops.isdisjoint(words(_text(processor, "?", "!").rpartition("!")[2], add_special_tokens=False).input_ids):
-        processor.chat_template += f"{{{{ {eos} if messages[-1].role == 'assistant' }}}}"
+        processor.chat_template += "{{ eos_token if messages[-1].role == 'assistant' }}"
     return processor
 
 
@@ -130,9 +123,7 @@ def fine_tune(
     Returns TRL's log, one dict a step. Raises InputError for no rows, another ``how``, or not one of epochs and steps.
     """
     if how not in ("sft", "dpo") or (epochs is None) == (steps is None):
-        raise InputError(
-            f"fine_tune is told how={how}, epochs={epochs}, steps={steps}: sft or dpo, and epochs or steps"
-        )
+        raise InputError(f"fine_tune got how={how}, epochs={epochs}, steps={steps}: sft or dpo, and epochs or steps")
     if not len(rows):
         raise InputError(f"no rows to tune {adapter.name} on: keep more of them, or raise max_length")
     from transformers.trainer_callback import PrinterCallback
@@ -177,10 +168,8 @@ def _tuning(adapter) -> Iterator[None]:
     """Leaves the model as `models.load` did, but for its weights. While open, Chameleon's head cannot write image words
     (transformers masks their logits, but TRL computes its own), and checkpoints name weights as the model does (under
     LLaVA's old names the trainer would resume without them)."""
-    model, images = (
-        adapter.model,
-        getattr(getattr(adapter.model.model, "vocabulary_mapping", None), "image_tokens", None),
-    )
+    model = adapter.model
+    images = model.model.vocabulary_mapping.image_tokens if adapter.family == "chameleon" else None
     generation, conversions = copy.deepcopy(model.generation_config), model.__dict__.get("_weight_conversions")
     model._weight_conversions = []
     for p in trainable(adapter).values():
@@ -233,10 +222,7 @@ class Endpoint:
         again = Retry(tries, backoff_factor=wait, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None)
         self.session = requests.Session()
         self.session.mount(self.url, requests.adapters.HTTPAdapter(max_retries=again))
-        if key in os.environ:
-            self.session.headers["Authorization"] = f"Bearer {os.environ[key]}"
-        elif not re.match(r"https?://(localhost|127\.)", url):
-            raise InputError(f"the judge {url} needs a key: put it into the environment variable {key}")
+        self.key, self.session.headers["Authorization"] = key, f"Bearer {os.environ.get(key, '')}"
 
     def __call__(self, rows, answers: Sequence[str]) -> np.ndarray:
         """Scores of model and reference, float64 [N, 2]; nan where it failed, with a warning that names the rows."""
@@ -245,27 +231,21 @@ class Endpoint:
         data.write(self.file, text.encode())
         known = {line["key"]: line["scores"] for line in map(json.loads, text.splitlines())}
         captions = rows["caption"] if "caption" in rows.column_names else [""] * len(rows)
-        scores = []
-        for question, caption, reference, answer in zip(
-            rows["question"], captions, rows["reference"], answers, strict=True
-        ):
-            first, second = (
-                self._ask(known, {"question": question, "caption": caption, "answers": pair})
-                for pair in ([answer, reference], [reference, answer])
-            )
-            scores.append([(first[0] + second[1]) / 2, (first[1] + second[0]) / 2])
+        columns = zip(rows["question"], captions, rows["reference"], answers, strict=True)
+        scores = [[self._ask(known, q, c, *pair) for pair in ((a, r), (r, a))] for q, c, r, a in columns]
+        scores = np.reshape(scores, (-1, 2, 2))  # row, order, answer
+        scores = (scores[:, 0] + scores[:, 1, ::-1]) / 2
         failed = np.flatnonzero(np.isnan(scores).any(1)).tolist()
         if failed:
             warnings.warn(f"{self.model} gave no two numbers for rows {failed}: run again to ask again", stacklevel=2)
-        return np.array(scores)
+        return scores
 
-    def _ask(self, known: dict, about: dict) -> list[float]:
+    def _ask(self, known: dict, question: str, caption: str, *answers: str) -> list[float]:
         """Scores of the two answers in their order, from ``known`` or the judge; nan where it gives none."""
-        key = fingerprint(about | {"model": self.model})
-        one, two = about["answers"]
-        caption = f"[Context]\n{about['caption']}\n\n" if about["caption"] else ""
-        pair = "\n\n".join(f"[Assistant {n}]\n{a}\n\n[End of Assistant {n}]" for n, a in ((1, one), (2, two)))
-        user = f"{caption}[Question]\n{about['question']}\n\n{pair}\n\n[System]\n{RULE}"
+        about = {"model": self.model, "question": question, "caption": caption, "answers": answers}
+        key, context = fingerprint(about), f"[Context]\n{caption}\n\n" if caption else ""
+        pair = "".join(f"[Assistant {n}]\n{a}\n\n[End of Assistant {n}]\n\n" for n, a in enumerate(answers, 1))
+        user = f"{context}[Question]\n{question}\n\n{pair}[System]\n{RULE}"
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
         for _ in range(self.asks * (key not in known)):
             try:
@@ -276,8 +256,8 @@ class Endpoint:
             except (KeyError, IndexError, TypeError, requests.JSONDecodeError):
                 continue  # no chat completion
             except requests.RequestException as error:
-                kept = f"what it has judged is in {self.file}: run again"
-                raise InputError(f"no judgement from {self.url}: {first_line(error)}; {kept}") from error
+                do = f"see to it, or to the key in {self.key}, and run again: {self.file} keeps what is judged"
+                raise InputError(f"no judgement from {self.url}: {first_line(error)}; {do}") from error
             numbers = re.match(r"\s*(\d+(?:\.\d+)?)[ ,]+(\d+(?:\.\d+)?)\s*(?:\n|$)", said)
             if numbers and all(1 <= float(x) <= 10 for x in numbers.groups()):
                 known[key] = [float(x) for x in numbers.groups()]
@@ -292,7 +272,7 @@ def performance(scores: np.ndarray) -> float:
     whose number it warns. Raises InputError where nothing was judged."""
     done = ~np.isnan(scores).any(1)
     if not done.any() or not scores[done, 1].sum() > 0:
-        raise InputError(f"none of {len(scores)} answers was judged: see what the judge said, and run again")
+        raise InputError(f"none of {len(scores)} answers was judged: run again, or take another judge")
     if not done.all():
         warnings.warn(f"{(~done).sum()} of {len(scores)} rows were not judged and are left out", stacklevel=2)
     return float(100 * scores[done, 0].sum() / scores[done, 1].sum())
