@@ -109,6 +109,22 @@ def restore(adapter, state: dict[str, Tensor]) -> None:
         p.copy_(state[name])
 
 
+class _Columns:
+    """Makes TRL's columns of a batch of rows when they are asked for, so that images stay encoded until then."""
+
+    def __init__(self, adapter, how: str):
+        self.adapter, self.how = adapter, how
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        names = {"chosen": "chosen", "rejected": "rejected"} if self.how == "dpo" else {"chosen": "completion"}
+        out = {name: [_turn("assistant", self.adapter.raw(a)) for a in batch[key]] for key, name in names.items()}
+        out["image"] = [image.convert("RGB") for image in batch["image"]]
+        return out | {"prompt": [_turn("user", self.adapter.raw(q)) for q in batch["question"]]}
+
+    def __reduce__(self):
+        return _Columns, (None, self.how)  # what `datasets` hashes: else all weights of the model
+
+
 def fine_tune(
     adapter, rows: datasets.Dataset, how: str = "sft", *, seed: int, learning_rate: float, batch_size: int,
     accumulate: int = 1, epochs: float | None = None, steps: int | None = None, warmup_steps: int = 0,
@@ -129,16 +145,8 @@ def fine_tune(
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    names = {"chosen": "chosen", "rejected": "rejected"} if how == "dpo" else {"chosen": "completion"}
-
-    def write(batch):
-        """TRL's columns for a batch of rows, when they are asked for: images stay encoded until then."""
-        out = {name: [_turn("assistant", adapter.raw(a)) for a in batch[key]] for key, name in names.items()}
-        images = [image.convert("RGB") for image in batch["image"]]
-        return out | {"prompt": [_turn("user", adapter.raw(q)) for q in batch["question"]], "image": images}
-
     config, trainer = (DPOConfig, DPOTrainer) if how == "dpo" else (SFTConfig, SFTTrainer)
-    options = {"gradient_checkpointing": False} | ({"beta": beta} if how == "dpo" else {}) | options
+    options = {"activation_checkpointing": False} | ({"beta": beta} if how == "dpo" else {}) | options
     options |= {"max_steps": steps} if steps is not None else {"num_train_epochs": epochs}
     with _tuning(adapter), TemporaryDirectory() as temporary:
         config = config(
@@ -153,8 +161,8 @@ def fine_tune(
         reference = {"ref_model": copy.deepcopy(adapter.model).requires_grad_(False)} if how == "dpo" else {}
         quiet = type(trainer.__name__, (trainer,), {"_send_telemetry": lambda self: None})  # asks nobody
         run = quiet(
-            adapter.model, args=config, train_dataset=rows.with_transform(write), processing_class=chats(adapter),
-            callbacks=list(callbacks), **reference,
+            adapter.model, args=config, train_dataset=rows.with_transform(_Columns(adapter, how)),
+            processing_class=chats(adapter), callbacks=list(callbacks), **reference,
         )  # fmt: skip
         run.remove_callback(PrinterCallback)
         saved = Path(folder or temporary).glob("checkpoint-*/trainer_state.json")  # the last file of a checkpoint

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from datasets.fingerprint import Hasher
 from PIL import Image as Picture
 from transformers import TrainerCallback
 
@@ -93,7 +94,7 @@ def test_trl_trains_on_the_tokens_that_the_model_is_asked_with(adapter, rows, tu
     assert (adapter.prompt("what is it ?"), adapter.processor.__dict__) == before
 
 
-def test_the_model_is_left_as_it_was_loaded_but_for_its_weights(adapter, base, rows, tuned, capfd):
+def test_the_model_is_left_as_it_was_loaded_but_for_its_weights(adapter, base, rows, tuned, capfd, recwarn):
     model = adapter.model
     frozen = {k: v.clone() for k, v in model.state_dict().items() if alignment.FROZEN.search(k)}
     settings, config = model.generation_config.to_dict(), model.config.to_dict()
@@ -105,7 +106,9 @@ def test_the_model_is_left_as_it_was_loaded_but_for_its_weights(adapter, base, r
     assert "forward" not in model.__dict__ and model.generation_config.to_dict() == settings
     assert model.config.to_dict() == config
     assert not any(torch.equal(after[k], base[k]) for k in after if k.endswith("q_proj.weight"))
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not [str(w.message) for w in recwarn]
+    columns = [alignment._Columns(some, "sft") for some in (adapter, None)]
+    assert Hasher.hash(columns[0]) == Hasher.hash(columns[1]), "datasets hashes a transform, here without the model"
     alignment.restore(adapter, base)
     assert same(alignment.weights_of(adapter), base)
 
