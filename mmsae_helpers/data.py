@@ -29,10 +29,12 @@ from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
 from mmsae_helpers.tinyworld import dataset as world
 from mmsae_helpers.tinyworld import language
+from mmsae_helpers.tinyworld import preferences as world_preferences
 
 WORLDS = {"tinyworld": (world.SQUARE,), "tinyworld-aspects": world.ASPECTS}  # sizes of their pictures
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 PLACEHOLDER = "<image>"
+PREFERENCE = ("image", "question", "chosen", "rejected")
 _TEXTS = ("caption", "question", "answer")
 _ALIASES = {"image": ("image", "img"), "fine_label": ("fine_label", "label"), "caption": ("caption", "text")}
 _VALIDATION = ("validation", "val", "valid")  # one split
@@ -252,6 +254,86 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
         few = f"{name} has {len(found)} documents with all their images but {count} are needed"
         raise InputError(f"{few} ({len(found.skipped)} left out): lower their number")
     return found
+
+
+class Preferences(NamedTuple):
+    """Rows to align a model with, and what became of the others."""
+
+    dataset: Dataset  # image, question, chosen, rejected
+    left_out: dict[str, int]  # why: how many
+    kinds: np.ndarray | None  # of each row of the embedded world, how it is damaged, "" where not; for evaluation alone
+    fingerprint: str  # changes whenever the content does
+
+
+def preferences(
+    name: str, count: int | None = None, seed: int = 0, split: str | None = None, *, damage=0.4, columns=None
+) -> Preferences:
+    """``count`` preference rows in an order drawn from ``seed``: ``tinyworld``, a share ``damage`` of it damaged, a
+    ``.parquet`` file, or a hub id, laid out as RLAIF-V (image, question, chosen, rejected) or Align-Anything (image,
+    question, response_1, response_2, overall_response); ``columns`` {ours: theirs} renames others.
+
+    Rows whose image cannot be read, whose question or answer is missing or empty, or whose answers are equal are left
+    out and counted (of the embedded world the question may be empty). Raises InputError for a missing column, for fewer
+    rows than ``count``, and where nothing is left.
+    """
+    if name in WORLDS:
+        rows = world_preferences.preferences(count, seed, damage)
+    else:
+        rows = _open(name, split, otherwise="train")[0]
+        rows = rows.rename_columns({theirs: ours for ours, theirs in (columns or {}).items()})
+        if "chosen" not in rows.column_names and "overall_response" in rows.column_names:
+            rows = rows.map(_better, remove_columns=["response_1", "response_2", "overall_response"])
+    _need(name, rows.column_names, *PREFERENCE)
+    if not isinstance(rows.features["image"], Image):
+        rows = rows.cast_column("image", Image())
+    good, left_out, stored = [], Counter(), rows.cast_column("image", Image(decode=False))
+    for i in np.random.default_rng([seed, 22]).permutation(len(rows)) if name not in WORLDS else range(len(rows)):
+        if count is not None and len(good) == count:
+            break
+        why = _unfit(stored[int(i)], asked=name not in WORLDS)
+        left_out.update([why] if why else [])
+        good += [] if why else [int(i)]
+    if not good or count is not None and len(good) < count:
+        few = f"{name} has {len(good)} rows fit to tune on" + (f" but {count} are needed" if count else "")
+        raise InputError(f"{few} (left out: {dict(left_out)}): lower their number, or mend them")
+    kinds = np.array(rows["kind"])[good] if "kind" in rows.column_names else None
+    kept = rows.select(good).select_columns(list(PREFERENCE)).cast_column("image", Upright())
+    return Preferences(kept, dict(left_out), kinds, f"{name}/{count}/{seed}/{split}/{damage}/{rows._fingerprint}")
+
+
+def benchmark(name: str, count: int, seed: int = 0, split: str | None = None) -> Dataset:
+    """``count`` questions about images with a reference answer: image, question, category, reference. ``tinyworld``
+    (with the scenes' attributes), or a ``.parquet`` file or hub id laid out as LLaVA-Bench (gpt_answer, caption)."""
+    if name in WORLDS:
+        return world_preferences.benchmark(count, seed)
+    rows = _open(name, split, otherwise="train")[0]
+    if "gpt_answer" in rows.column_names:
+        rows = rows.rename_column("gpt_answer", "reference")
+    _need(name, rows.column_names, "image", "question", "category", "reference")
+    return rows.select(range(min(count, len(rows)))).cast_column("image", Upright())
+
+
+def _better(row: dict) -> dict:
+    """The two responses of an Align-Anything row by which is better."""
+    order = (row["response_1"], row["response_2"])
+    chosen, rejected = order if int(row["overall_response"]) == 1 else order[::-1]
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def _unfit(row: dict, asked: bool) -> str | None:
+    """Why a preference row is left out, or None."""
+    if any(not (row[key] or "").strip() for key in ("chosen", "rejected")):
+        return "empty answer"
+    if asked and not (row["question"] or "").strip():
+        return "empty question"
+    if row["chosen"] == row["rejected"]:
+        return "equal answers"
+    try:
+        stored = row["image"] or {}
+        upright(stored.get("bytes") or stored["path"]).load()
+    except Exception:  # PIL raises a dozen kinds
+        return "image cannot be read"
+    return None
 
 
 def _document(at: int, row: dict) -> Interleaved | str:
