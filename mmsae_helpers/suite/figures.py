@@ -81,6 +81,17 @@ def bars(ax, labels, intervals, color=PALETTE[0]):
     ax.margins(x=0.12)
 
 
+def heat(ax, frame, low, high):
+    """A data frame as a map of colours from ``low`` to ``high`` with each number written in it."""
+    ax.imshow(frame, vmin=low, vmax=high, cmap="PuOr", aspect="auto")
+    for (y, x), value in np.ndenumerate(frame.to_numpy()):
+        strong = abs(2 * (value - low) / (high - low) - 1) > 0.65
+        ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if strong else "black")
+    ax.set_xticks(range(frame.shape[1]), frame.columns, rotation=40, ha="right")
+    ax.set_yticks(range(len(frame)), frame.index)
+    ax.grid(visible=False)
+
+
 def caption(fig, sentence, lead=False):
     """Show a matplotlib or plotly figure with a sentence under it that says how to read it.
 
