@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmsae_helpers import data
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.tinyworld import language, preferences
+from mmsae_helpers.tinyworld import dataset, language, preferences
 from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, Scene, sample_scene
 
 
@@ -47,6 +47,25 @@ def test_damage_is_what_it_says(rows):
         assert ((picture, row["question"], row["chosen"]) in clean) == (row["kind"] in ("", "duplicate"))
 
 
+def test_damage_is_false_of_the_picture_where_it_should_be(rows):
+    drawn, pictures, _ = dataset.arrays("train", 1, 3)
+    scenes = {picture.tobytes(): scene for scene, picture in zip(drawn, pictures, strict=True)}
+    attribute = {value: name for name, values in ATTRIBUTES.items() for value in values}
+    wholes = 0
+    for row in rows:
+        scene, kind = scenes[np.asarray(row["image"]).tobytes()], row["kind"]
+        said = [{attribute[w]: w for w in row[key].split() if w in attribute} for key in ("chosen", "rejected")]
+        true = [all(getattr(scene, name) == word for name, word in one.items()) for one in said]
+        if kind == "image swapped":  # color and shape are the class
+            if whole := {"color", "shape"} <= set(said[0]):
+                assert (said[0]["color"], said[0]["shape"]) != (scene.color, scene.shape)
+            wholes += whole
+        else:
+            assert true == {"wrong attribute": [False, False], "flipped": [False, True]}.get(kind, [True, False])
+            assert (set(said[0]) != set(said[1])) == (kind in ("off the question", "truncated"))
+    assert wholes
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(list(language.QUESTIONS)))
 def test_a_false_answer_is_false_and_has_the_form_of_the_true_one(seed, kind):
@@ -62,6 +81,8 @@ def test_the_judge_gives_one_to_the_truth_and_less_to_what_is_false():
     bench = preferences.benchmark(30)
     assert Counter(bench["category"]) == {"conversation": 10, "detail": 10, "reasoning": 10}
     assert (preferences.judge(bench, bench["reference"]) == 1).all()
+    train = {picture.tobytes() for picture in dataset.arrays("train", 1, 0)[1]}
+    assert not train & {np.asarray(image).tobytes() for image in bench["image"]}
     rng = np.random.default_rng(0)
     for i, row in enumerate(bench.remove_columns("image")):
         scene, one = Scene(**{name: row[name] for name in ATTRIBUTES}), bench.select([i])
