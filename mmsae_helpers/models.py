@@ -3,6 +3,8 @@ in the package is family-blind. Shapes: B inputs, T positions (padded right)."""
 
 import math
 import re
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -447,4 +449,32 @@ def _read(name, read, path, **options):
     try:
         return read(path, **options)
     except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds; all mean "cannot load this"
-        raise InputError(f"cannot load model {name} ({path}): {first_line(error)}") from error
+        why = f"cannot load model {name} ({path}): {first_line(error)}"
+        if "safetensors" in why and "no file" in why.lower() or "use_safetensors" in why:
+            how = f"python -m mmsae_helpers.models {name} FOLDER converts its .bin"
+            why = f"{name} has no safetensors: {how}; then load FOLDER"
+        raise InputError(why) from error
+
+
+def convert(name: str, folder: str | Path) -> Path:
+    """Write a checkpoint that has ``pytorch_model*.bin`` alone to a new ``folder`` as safetensors, its other files too.
+    Nothing but tensors is unpickled. Raises InputError where there is no such file, or the folder exists."""
+    from huggingface_hub import snapshot_download
+    from safetensors.torch import save_file
+
+    source, folder = Path(resolve(name)), Path(folder)
+    if not source.is_dir():
+        source = Path(_read(name, snapshot_download, name, allow_patterns=["*.json", "*.txt", "*.model", "*.bin"]))
+    files = sorted(source.glob("pytorch_model*.bin"))
+    if not files or folder.exists():
+        raise InputError(f"{folder} exists: give a new folder" if files else f"{source} has no pytorch_model.bin")
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.bin", "*.bin.index.json"))
+    tensors = {key: x for file in files for key, x in torch.load(file, weights_only=True, map_location="cpu").items()}
+    save_file(
+        {key: x.clone().contiguous() for key, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+if __name__ == "__main__":
+    convert(*sys.argv[1:])

@@ -262,3 +262,20 @@ def test_the_class_token_of_a_full_strategy_shows_no_patch(copied, llava, pictur
     assert patch[0][is_image[0]].tolist() == [-1, *range(n)] and (part == is_image.long() - 1).all()
     assert full.forward(inputs).logits.isfinite().all()
     assert torch.equal(full.vision_features([picture]), llava.vision_features([picture]))
+
+
+@pytest.mark.parametrize("name", ["gemma", "vit-gpt2"])
+def test_a_checkpoint_without_safetensors_is_converted_by_the_command_that_the_message_names(tmp_path, name):
+    shutil.copytree(models.resolve(f"tinyworld/{name}"), tmp_path / "old")
+    tensors = load_file(tmp_path / "old/model.safetensors")
+    torch.save(tensors, tmp_path / "old/pytorch_model.bin")
+    (tmp_path / "old/model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"python -m mmsae_helpers.models .*old FOLDER converts its .bin"):
+        models.load(str(tmp_path / "old"))
+    made = models.convert(str(tmp_path / "old"), tmp_path / "new")
+    assert not list(made.glob("*.bin")) and models.load(str(made)).n_layers == models.load(f"tinyworld/{name}").n_layers
+    assert all(torch.equal(x, tensors[key]) for key, x in load_file(made / "model.safetensors").items())
+    with pytest.raises(InputError, match="exists: give a new folder"):
+        models.convert(str(tmp_path / "old"), made)
+    with pytest.raises(InputError, match="has no pytorch_model.bin"):
+        models.convert(str(made), tmp_path / "other")
