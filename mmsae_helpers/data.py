@@ -273,21 +273,40 @@ def preferences(
     question, response_1, response_2, overall_response); ``columns`` {ours: theirs} renames others.
 
     Rows whose image cannot be read, whose question or answer is missing or empty, or whose answers are equal are left
-    out and counted (of the embedded world the question may be empty). Raises InputError for a missing column, for fewer
-    rows than ``count``, and where nothing is left.
+    out and counted (of the embedded world the question may be empty), as are those of which no response is better.
+    ``split`` is ``train`` if None; a file is read whole then and else divided as in `load`. Raises InputError for a
+    missing column or one without text or images, for fewer rows than ``count``, and where nothing is left.
     """
     if name in WORLDS:
-        rows = world_preferences.preferences(count, seed, damage)
+        if name != "tinyworld" or count is None or not 0 <= damage <= 1:
+            asked = f"{name}, count {count}, damage {damage}"
+            raise InputError(f"no preference rows of {asked}: they are of tinyworld, a number of them, damage 0 to 1")
+        split = _named(split or "train", world.SPLITS, "the embedded world")
+        rows, order = world_preferences.preferences(count, seed, damage, split), range(count)
     else:
-        rows = _open(name, split, otherwise="train")[0]
-        rows = rows.rename_columns({theirs: ours for ours, theirs in (columns or {}).items()})
+        rows, part = _open(name, split, otherwise="train")
+        order = np.random.default_rng([seed, 22]).permutation(len(rows))
+        order = [i for i in order if not part or _ten(i // 10)[i % 10] == part]
+        _need(name, rows.column_names, *(columns or {}).values())
+        changed = {theirs: ours for ours, theirs in (columns or {}).items() if ours != theirs}
+        rows = rows.remove_columns(
+            [ours for ours in changed.values() if ours in rows.column_names and ours not in changed]
+        )
+        rows = rows.rename_columns(changed)
         if "chosen" not in rows.column_names and "overall_response" in rows.column_names:
+            _need(name, rows.column_names, "response_1", "response_2")
             rows = rows.map(_better, remove_columns=["response_1", "response_2", "overall_response"])
     _need(name, rows.column_names, *PREFERENCE)
-    if not isinstance(rows.features["image"], Image):
-        rows = rows.cast_column("image", Image())
+    for key in PREFERENCE[1:]:
+        if getattr(kind := rows.features[key], "dtype", None) not in ("string", "large_string", "null"):
+            raise InputError(f"column {key} of {name} has no text a row but {kind}: give one")
+    try:
+        rows = rows if isinstance(rows.features["image"], Image) else rows.cast_column("image", Image())
+    except Exception as error:  # whatever converting the column's kind leads to
+        kind = rows.features["image"]
+        raise InputError(f"column image of {name} has no image a row but {kind}: give one, or its path") from error
     good, left_out, stored = [], Counter(), rows.cast_column("image", Image(decode=False))
-    for i in np.random.default_rng([seed, 22]).permutation(len(rows)) if name not in WORLDS else range(len(rows)):
+    for i in order:
         if count is not None and len(good) == count:
             break
         why = _unfit(stored[int(i)], asked=name not in WORLDS)
@@ -297,6 +316,8 @@ def preferences(
         few = f"{name} has {len(good)} rows fit to tune on" + (f" but {count} are needed" if count else "")
         raise InputError(f"{few} (left out: {dict(left_out)}): lower their number, or mend them")
     kinds = np.array(rows["kind"])[good] if "kind" in rows.column_names else None
+    if kinds is not None and not {*kinds} <= {"", *world_preferences.KINDS}:  # a user's own column of that name
+        kinds = None
     kept = rows.select(good).select_columns(list(PREFERENCE)).cast_column("image", Upright())
     return Preferences(kept, dict(left_out), kinds, f"{name}/{count}/{seed}/{split}/{damage}/{rows._fingerprint}")
 
@@ -305,8 +326,9 @@ def benchmark(name: str, count: int, seed: int = 0, split: str | None = None) ->
     """``count`` questions about images with a reference answer: image, question, category, reference. ``tinyworld``
     (with the scenes' attributes), or a ``.parquet`` file or hub id laid out as LLaVA-Bench (gpt_answer, caption)."""
     if name in WORLDS:
-        return world_preferences.benchmark(count, seed)
-    rows = _open(name, split, otherwise="train")[0]
+        return world_preferences.benchmark(count, seed, _named(split or "test", world.SPLITS, "the embedded world"))
+    rows, part = _open(name, split, otherwise="train")
+    rows = rows.select([i for i in range(len(rows)) if _ten(i // 10)[i % 10] == part]) if part else rows
     if "gpt_answer" in rows.column_names:
         rows = rows.rename_column("gpt_answer", "reference")
     _need(name, rows.column_names, "image", "question", "category", "reference")
@@ -314,19 +336,21 @@ def benchmark(name: str, count: int, seed: int = 0, split: str | None = None) ->
 
 
 def _better(row: dict) -> dict:
-    """The two responses of an Align-Anything row by which is better."""
-    order = (row["response_1"], row["response_2"])
-    chosen, rejected = order if int(row["overall_response"]) == 1 else order[::-1]
-    return {"chosen": chosen, "rejected": rejected}
+    """The two responses of an Align-Anything row by which is better, None where neither is said to be."""
+    one, two = row["response_1"], row["response_2"]
+    pairs = {"1": (one, two), "1.0": (one, two), "2": (two, one), "2.0": (two, one)}
+    return dict(zip(("chosen", "rejected"), pairs.get(str(row["overall_response"]).strip(), (None, None)), strict=True))
 
 
 def _unfit(row: dict, asked: bool) -> str | None:
     """Why a preference row is left out, or None."""
+    if row["chosen"] is row["rejected"] is None:
+        return "no preference"
     if any(not (row[key] or "").strip() for key in ("chosen", "rejected")):
         return "empty answer"
     if asked and not (row["question"] or "").strip():
         return "empty question"
-    if row["chosen"] == row["rejected"]:
+    if row["chosen"].strip() == row["rejected"].strip():
         return "equal answers"
     try:
         stored = row["image"] or {}
@@ -474,7 +498,8 @@ def _ten(block: int) -> np.ndarray:
 
 
 def _open(name: str, split: str | None, streaming: bool = False, otherwise: str = "test"):
-    """Rows, and the part of them asked for where the source has no splits (rows that are streamed are that part)."""
+    """Rows, and the part of them asked for where the source has no splits (rows that are streamed are that part). A hub
+    id is owner/name, or owner/name:configuration."""
     path = Path(name).expanduser()
     is_file = path.suffix in (".parquet", ".arrow")
     if is_file and path.is_file():
@@ -487,7 +512,8 @@ def _open(name: str, split: str | None, streaming: bool = False, otherwise: str 
     elif is_file or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"data set {name} does not exist: give a folder, a .parquet or .arrow file, or a hub id")
     else:
-        return _loaded(name, name, split=split or otherwise, streaming=streaming), None
+        hub, _, config = name.partition(":")
+        return _loaded(name, *filter(None, (hub, config)), split=split or otherwise, streaming=streaming), None
     part = split and _named(split, ("train", "validation", "test"), f"{path}, divided as it has no splits,")
     if part and isinstance(rows, IterableDataset):
         rows = rows.decode(False).filter(lambda i: _ten(i // 10)[i % 10] == part, with_indices=True, input_columns=[])

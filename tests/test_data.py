@@ -567,3 +567,13 @@ def test_texts_in_zstandard(tmp_path, monkeypatch):
     real = data.load_dataset
     monkeypatch.setattr(data, "load_dataset", lambda name, **k: real("json", data_files=str(path), **k))
     assert sorted(data.documents("me/texts", 2)) == ["one", "two"]
+
+
+def test_a_configuration_is_named_after_a_colon(tmp_path, monkeypatch):
+    rows_file(tmp_path / "x.parquet", [0, 1])
+    real, asked = data.load_dataset, []
+    monkeypatch.setattr(data, "load_dataset", lambda *a, **k: asked.append(a) or real("parquet", data_files=files, **k))
+    files = {"train": str(tmp_path / "x.parquet")}
+    for name, args in (("me/set", ("me/set",)), ("me/set:large", ("me/set", "large"))):
+        data.load(name, "train")
+        assert asked.pop() == args and not asked

@@ -131,6 +131,55 @@ def test_other_names_are_given_and_missing_ones_told(tmp_path):
     assert len(data.preferences(file(tmp_path, [row]), columns={"image": "picture"}).dataset) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "columns", "says"),
+    [
+        ({}, {"image": "photo"}, "no column photo: it has image"),
+        ({"image": 5}, None, "column image .* has no image a row"),
+        ({"question": 5}, None, "column question .* has no text a row"),
+        ({"chosen": None, "rejected": None}, None, "left out: {'no preference': 1}"),
+        ({"chosen": "b "}, None, "left out: {'equal answers': 1}"),
+    ],
+)
+def test_a_users_mistake_is_one_line(tmp_path, change, columns, says):
+    row = {"image": png(), "question": "?", "chosen": "a", "rejected": "b"}
+    with pytest.raises(InputError, match=says):
+        data.preferences(file(tmp_path, [row | change]), columns=columns)
+
+
+def test_align_anything_rows_without_a_preference_or_a_response(tmp_path):
+    row = {"image": png(), "question": "?", "response_1": "one", "response_2": "two"}
+    found = data.preferences(file(tmp_path, [row | {"overall_response": n} for n in (1, None, 0, 3)]))
+    assert found.dataset["chosen"] == ["one"] and found.left_out == {"no preference": 3}
+    with pytest.raises(InputError, match="no column response_2"):
+        data.preferences(
+            file(tmp_path, [{k: v for k, v in row.items() if k != "response_2"} | {"overall_response": 1}])
+        )
+
+
+def test_columns_replace_those_there_and_a_foreign_kind_is_no_damage(tmp_path):
+    row = {"image": png(), "question": "?", "chosen": "one", "rejected": "two", "better": "three", "kind": "photo"}
+    found = data.preferences(file(tmp_path, [row]), columns={"chosen": "better"})
+    assert found.dataset["chosen"] == ["three"] and found.kinds is None
+    swapped = data.preferences(file(tmp_path, [row]), columns={"chosen": "rejected", "rejected": "chosen"}).dataset[0]
+    assert (swapped["chosen"], swapped["rejected"]) == ("two", "one")
+
+
+def test_splits_are_kept_apart(tmp_path):
+    rows = [{"image": png(), "question": f"{i}", "chosen": "one", "rejected": "two"} for i in range(20)]
+    parts = [
+        data.preferences(file(tmp_path, rows), split=s).dataset["question"] for s in ("train", "validation", "test")
+    ]
+    assert [len(part) for part in parts] == [16, 2, 2] and len({q for part in parts for q in part}) == 20
+    pictures = [
+        {i.tobytes() for i in data.preferences("tinyworld", 50, split=s).dataset["image"]} for s in ("train", "test")
+    ]
+    assert not pictures[0] & pictures[1]
+    for wrong in ({"split": "dev"}, {"count": None}, {"damage": 1.5}, {"name": "tinyworld-aspects"}):
+        with pytest.raises(InputError):
+            data.preferences(**{"name": "tinyworld", "count": 5} | wrong)
+
+
 def test_a_benchmark_in_llava_benchs_layout(tmp_path):
     row = {"image": png(), "question": "?", "gpt_answer": "this", "category": "detail", "caption": "a thing"}
     assert data.benchmark(file(tmp_path, [row] * 3), 2)["reference"] == ["this", "this"]
