@@ -197,6 +197,12 @@ def _tuning(adapter) -> Iterator[None]:
         model.eval().requires_grad_(False).tie_weights()
 
 
+def other_pictures(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with the image of the row before, to un-tune a model that knows its world already."""
+    before = rows.select(np.roll(range(len(rows)), 1)).select_columns("image")
+    return datasets.concatenate_datasets([before, rows.remove_columns("image")], axis=1)
+
+
 def answers(adapter, bench, batch_size: int, max_new_tokens: int) -> list[str]:
     """Greedy answers to the questions about their images."""
     out = []
