@@ -26,7 +26,7 @@ ledger: $(STAMP)
 	$(BIN)/python -m mmsae_helpers.suite.runner --profile "$(PROFILE)" --ledger
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
