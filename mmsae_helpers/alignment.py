@@ -74,13 +74,11 @@ def fitting(adapter, rows: datasets.Dataset, max_length: int | None = None) -> t
     """Indices of the rows whose image, question and longer answer the context (``max_length`` tokens) holds, int64,
     and how many are too long. Reads the images' sizes, not their pixels."""
     processor, limit = chats(adapter), max_length or adapter.config.max_position_embeddings
-    start, _, end = adapter.image_words
-    around = bool(start) + bool(end) - 1  # the placeholder itself is one token of the text
     keep = []
     for i, row in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
         answers = [_text(processor, adapter.raw(row["question"]), adapter.raw(row[k])) for k in ("chosen", "rejected")]
         longest = max(map(len, adapter.tokenizer(answers, add_special_tokens=False).input_ids))
-        if longest + around + adapter.image_tokens(_size(row["image"])) <= limit:
+        if longest - 1 + adapter.written(_size(row["image"])) <= limit:  # the placeholder is one token of the text
             keep.append(i)
     return np.array(keep, np.int64), len(rows) - len(keep)
 

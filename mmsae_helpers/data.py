@@ -193,7 +193,7 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
         few = _drawn(rows, per_class, seed, on_bad_label)
         rows, undivided = _open(name, split) if few is None else (few, None)
     dataset, labels = _normalised(rows, name)
-    own = np.array([i for i in range(len(dataset)) if not undivided or _ten(i // 10)[i % 10] == part], int)
+    own = _within(len(dataset), undivided and part)
     good = own[labels[own] >= 0]
     if (unlabelled := len(own) - len(good)) and on_bad_label == "stop":
         raise InputError(f"{unlabelled} of {len(own)} rows of {name} have no label (or < 0): set on_bad_label: skip")
@@ -286,7 +286,7 @@ def preferences(
     else:
         rows, part = _open(name, split, otherwise="train")
         order = np.random.default_rng([seed, 22]).permutation(len(rows))
-        order = [i for i in order if not part or _ten(i // 10)[i % 10] == part]
+        order = order[np.isin(order, _within(len(rows), part))]
         _need(name, rows.column_names, *(columns or {}).values())
         changed = {theirs: ours for ours, theirs in (columns or {}).items() if ours != theirs}
         rows = rows.remove_columns(
@@ -315,9 +315,7 @@ def preferences(
     if not good or count is not None and len(good) < count:
         few = f"{name} has {len(good)} rows fit to tune on" + (f" but {count} are needed" if count else "")
         raise InputError(f"{few} (left out: {dict(left_out)}): lower their number, or mend them")
-    kinds = np.array(rows["kind"])[good] if "kind" in rows.column_names else None
-    if kinds is not None and not {*kinds} <= {"", *world_preferences.KINDS}:  # a user's own column of that name
-        kinds = None
+    kinds = np.array(rows["kind"])[good] if name in WORLDS else None  # a user's column of that name is another thing
     kept = rows.select(good).select_columns(list(PREFERENCE)).cast_column("image", Upright())
     return Preferences(kept, dict(left_out), kinds, f"{name}/{count}/{seed}/{split}/{damage}/{rows._fingerprint}")
 
@@ -328,7 +326,7 @@ def benchmark(name: str, count: int, seed: int = 0, split: str | None = None) ->
     if name in WORLDS:
         return world_preferences.benchmark(count, seed, _named(split or "test", world.SPLITS, "the embedded world"))
     rows, part = _open(name, split, otherwise="train")
-    rows = rows.select([i for i in range(len(rows)) if _ten(i // 10)[i % 10] == part]) if part else rows
+    rows = rows.select(_within(len(rows), part)) if part else rows
     if "gpt_answer" in rows.column_names:
         rows = rows.rename_column("gpt_answer", "reference")
     _need(name, rows.column_names, "image", "question", "category", "reference")
@@ -495,6 +493,11 @@ def _named(split: str, available: Iterable[str], where) -> str:
 def _ten(block: int) -> np.ndarray:
     """Which parts ten rows of a source without splits are in, whatever else there is."""
     return np.random.default_rng([0, block]).permutation(("train",) * 8 + ("validation", "test"))
+
+
+def _within(n: int, part: str | None) -> np.ndarray:
+    """Which of ``n`` rows without splits are in ``part``, int; all where it is None."""
+    return np.array([i for i in range(n) if not part or _ten(i // 10)[i % 10] == part], int)
 
 
 def _open(name: str, split: str | None, streaming: bool = False, otherwise: str = "test"):

@@ -98,13 +98,26 @@ class Adapter:
         """How many image tokens an image of ``size`` (height, width) has."""
         return math.prod(self.patch_grid) - self._offset
 
+    def written(self, size: tuple[int, int]) -> int:
+        """How many tokens stand for an image of ``size`` (height, width) in a text, its start and end among them."""
+        start, _, end = self.image_words
+        return self.image_tokens(size) + bool(start) + bool(end)
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokens of each text as `encode` writes it, a placeholder of an image counting as one, int [B]."""
+        found = self.tokenizer(list(texts), add_special_tokens=self._special(texts[0]))["input_ids"]
+        return np.array([len(ids) for ids in found])
+
+    def _special(self, text: str) -> bool:
+        """Whether the tokenizer is to add BOS, which a template that writes it must not get twice."""
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
     def encode(self, texts: Sequence[str], images: Sequence | None = None, fits: bool = True) -> dict[str, Tensor]:
         """Model inputs on the model's device, padded right: ``input_ids`` and ``attention_mask`` [B, T], and pixels of
         ``images``: for each text one, or a list of as many as it has placeholders. Raises InputError where the counts
         differ, and where a text with images is longer than the context, unless ``fits`` is False."""
-        bos = self.tokenizer.bos_token  # which a template that writes it must not get twice
-        options = {"return_tensors": "pt", "padding": True}
-        options["add_special_tokens"] = not (bos and texts[0].startswith(bos))
+        options = {"return_tensors": "pt", "padding": True, "add_special_tokens": self._special(texts[0])}
         own = [i if isinstance(i, list) else [i] for i in images] if images is not None else [[]] * len(texts)
         if len(own) != len(texts):
             raise InputError(f"{len(texts)} texts but {len(own)} images: give one image, or a list of images, a text")

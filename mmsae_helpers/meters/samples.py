@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import roc_auc_score
 
 from mmsae_helpers import activations
 from mmsae_helpers.activations import Inputs, TokenBatch
@@ -65,42 +66,55 @@ class AnswerLosses:
 
 def starts(adapter, questions, images) -> np.ndarray:
     """Position of the first answer token after each prompt, int [S]: prompt tokens, those of the image included."""
-    before, _, after = adapter.image_words
-    written = [adapter.image_tokens(image.size[::-1]) + bool(before) + bool(after) - 1 for image in images]
-    return _lengths(adapter, [adapter.prompt(question) for question in questions]) + written
+    written = [adapter.written(image.size[::-1]) - 1 for image in images]
+    return adapter.lengths(_prompts(adapter, questions)) + written
 
 
 def passing(adapter, rows, layers, batch_size: int, see: AnswerLosses | None = None, answer="chosen") -> Iterator:
-    """TokenBatches of the rows' prompts with their answers (text and image tokens), longest together.
+    """TokenBatches of the rows' prompts with their answers (text and image tokens), longest last.
 
     ``rows`` has columns image, question and ``answer``; with ``see`` the passes go to the end, and it fills.
     """
-    texts = [adapter.prompt(q) + a for q, a in zip(rows["question"], rows[answer], strict=True)]
-    order = np.argsort([len(text) for text in texts], kind="stable")
-
-    def batches():
-        for at in np.array_split(order, -(-len(order) // batch_size)):
-            part = rows.select(at)
-            yield Inputs(torch.from_numpy(at), adapter.encode([texts[i] for i in at], part["image"]))
-
-    return activations.stream(adapter, batches(), layers, keep="content", see=see)
+    texts = _answered(adapter, _prompts(adapter, rows["question"]), rows[answer])
+    batches = (
+        Inputs(torch.from_numpy(at), adapter.encode([texts[i] for i in at], rows.select(at)["image"]))
+        for at in _by_length(texts, batch_size)
+    )
+    return activations.stream(adapter, batches, layers, keep="content", see=see)
 
 
 @torch.no_grad()
 def text_losses(adapter, rows, batch_size: int, question: bool, answer="chosen") -> np.ndarray:
     """Loss on the answers, in nats a token [S], without the image: after the question alone, or after nothing."""
-    bos = adapter.tokenizer.bos_token or ""
-    prompts = [adapter.prompt(q, image=False) if question else bos for q in rows["question"]]
-    texts = [prompt + text for prompt, text in zip(prompts, rows[answer], strict=True)]
-    losses = AnswerLosses(_lengths(adapter, prompts))
-    for at in np.array_split(np.argsort([len(text) for text in texts], kind="stable"), -(-len(texts) // batch_size)):
+    asked = rows["question"]
+    prompts = _prompts(adapter, asked, False) if question else [adapter.tokenizer.bos_token or ""] * len(asked)
+    texts, losses = _answered(adapter, prompts, rows[answer]), AnswerLosses(adapter.lengths(prompts))
+    for at in _by_length(texts, batch_size):
         inputs = adapter.encode([texts[i] for i in at])
         losses(torch.from_numpy(at), inputs, adapter.forward(inputs))
     return losses.losses
 
 
-def _lengths(adapter, texts) -> np.ndarray:
-    """Tokens of each text as `Adapter.encode` writes it, a placeholder counting as one, int [S]."""
-    bos = adapter.tokenizer.bos_token
-    special = not (bos and texts[0].startswith(bos))
-    return np.array([len(ids) for ids in adapter.tokenizer(texts, add_special_tokens=special)["input_ids"]])
+def told_apart(scores: pd.DataFrame, kinds: np.ndarray) -> pd.DataFrame:
+    """Area under the ROC curve of clean rows (kind "") against those of each kind of damage, [kinds, scores]: 1 where a
+    column of ``scores`` [S, scores] puts every clean row above every damaged one, .5 where it cannot tell."""
+    found = {}
+    for kind in [kind for kind in dict.fromkeys(kinds) if kind]:
+        either = np.isin(kinds, ["", kind])
+        found[kind] = {name: roc_auc_score(kinds[either] == "", of[either]) for name, of in scores.items()}
+    return pd.DataFrame(found).T
+
+
+def _prompts(adapter, questions, image: bool = True) -> list[str]:
+    """As `alignment` writes them: no word of a question stands for an image."""
+    return [adapter.prompt(adapter.raw(question), image) for question in questions]
+
+
+def _answered(adapter, prompts, answers) -> list[str]:
+    return [prompt + adapter.raw(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def _by_length(texts, batch_size: int) -> list[np.ndarray]:
+    """Indices of a batch's texts, shortest first, so that little is padded."""
+    order = np.argsort([len(text) for text in texts], kind="stable")
+    return np.array_split(order, -(-len(order) // batch_size))
