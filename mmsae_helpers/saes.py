@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice, tee
 from pathlib import Path
@@ -27,6 +27,7 @@ from mmsae_helpers.workers import autocast, crew
 
 SAE_ID = "blocks.{layer}.hook_resid_post"
 FOLDER = "layer_{:02d}_seed_{}"
+ARCHITECTURES = ("standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu")
 CHUNK = 32  # batches within which each seed has its own order
 
 
@@ -41,6 +42,11 @@ class TrainingConfig:
     b_dec_init: "zeros" (sae-lens), or "mean": of those first batches.
     loss: "standard" (sae-lens's), or "as_printed" in paper B: mean squared error + l1_coefficient * mean(f).
     autocast: multiply in bfloat16 where the processor has it (weights and optimiser stay float32): 3 times faster.
+    architecture: one of ARCHITECTURES, sae-lens's training classes; "standard" is ReLU + L1, as in the papers.
+    options: further fields of sae-lens's configuration of that architecture, e.g. {"k": 8} of the TopK ones (features
+        a token) or {"l0_coefficient": 1.0} of jumprelu; matryoshka_batchtopk has levels of d_sae / 8, / 4, / 2 and
+        d_sae unless matryoshka_widths are among them.
+    dead_after: steps without firing from which a feature is dead, for the TopK ones' auxiliary loss.
     """
 
     d_sae: int
@@ -58,6 +64,8 @@ class TrainingConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     architecture: str = "standard"
+    options: Mapping = field(default_factory=dict)
+    dead_after: int = 100
     autocast: bool = False
     loss: str = "standard"
 
@@ -71,7 +79,10 @@ class TrainingConfig:
             "l1_coefficient, warm-up and decay steps: not below 0": min(self.l1_coefficient, *spans) >= 0,
             "lr warm-up and decay: together not longer than steps": sum(spans[1:]) <= self.steps,
             "loss: standard or as_printed": self.loss in ("standard", "as_printed"),
-            "architecture: standard": self.architecture == "standard",
+            f"architecture: one of {', '.join(ARCHITECTURES)}": self.architecture in ARCHITECTURES,
+            "loss: as_printed with architecture standard alone": self.architecture == "standard"
+            or self.loss == "standard",
+            "k: above 0 and not above d_sae": 0 < self.options.get("k", 1) <= self.d_sae,
             "b_dec_init: zeros or mean": self.b_dec_init in ("zeros", "mean"),
             f"normalize_activations: one of {', '.join(scalings)}": self.normalize_activations in scalings,
         }
@@ -199,20 +210,30 @@ def _checked(batches, layers: Sequence[int], d_in: int) -> Iterator[dict[int, to
         yield {layer: batch[layer] for layer in layers}
 
 
+def _own_options(cfg: TrainingConfig) -> dict:
+    """The fields of sae-lens's training configuration that only `cfg.architecture` has."""
+    widths = {"matryoshka_widths": [cfg.d_sae // n for n in (8, 4, 2, 1)]}
+    given = {"standard": {"l1_coefficient": cfg.l1_coefficient}, "matryoshka_batchtopk": widths}
+    return given.get(cfg.architecture, {}) | dict(cfg.options)
+
+
 class _Trainer:
     """An SAE in training: its weights, optimiser and schedules."""
 
     def __init__(self, job: Job, d_in: int, sums: list[tuple], device):
-        from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+        from sae_lens.registry import get_sae_training_class
         from sae_lens.training.optim import CoefficientScheduler, get_lr_scheduler
 
         cfg = self.cfg = job.config
-        self.job, self.device = job, device
+        self.job, self.device, self.n_steps = job, device, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
-            same = ("d_sae", "normalize_activations", "decoder_init_norm", "l1_coefficient")
-            shape = StandardTrainingSAEConfig(d_in=d_in, **{name: getattr(cfg, name) for name in same})
-            self.sae = StandardTrainingSAE(shape).to(device)
+            make, shape = get_sae_training_class(cfg.architecture)
+            same = {name: getattr(cfg, name) for name in ("d_sae", "normalize_activations", "decoder_init_norm")}
+            try:
+                self.sae = make(shape(d_in=d_in, **same | _own_options(cfg))).to(device)
+            except (TypeError, ValueError, AssertionError) as error:  # an option it lacks, or a value it refuses
+                raise InputError(f"SAE training: architecture {cfg.architecture}: {first_line(error)}") from error
         n, norm, total = map(sum, zip(*sums[: cfg.norm_batches], strict=True)) if sums else (1, 0.0, 0)
         if not norm:
             raise InputError(f"SAE training: the first batches of layer {job.layer} are empty or all zero")
@@ -220,32 +241,53 @@ class _Trainer:
         self.scale = d_in**0.5 / self.trained_norm if cfg.normalize_activations != "none" else 1.0
         if cfg.b_dec_init == "mean":
             self.sae.b_dec.data = (total / n * self.scale).float().to(device)
-        self.weights = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        self.weights = list(self.sae.parameters())
         self.optimiser = torch.optim.Adam(self.weights, cfg.lr, (cfg.adam_beta1, cfg.adam_beta2), fused=True)
         spans = cfg.lr_warm_up_steps, cfg.lr_decay_steps
         self.lr = get_lr_scheduler("constant", self.optimiser, cfg.steps, cfg.lr, *spans, cfg.lr, 1)
-        self.l1 = CoefficientScheduler(cfg.l1_warm_up_steps, cfg.l1_coefficient)
+        warm_up, self.silent = cfg.l1_warm_up_steps, torch.zeros(cfg.d_sae, dtype=torch.long, device=device)
+        penalties = {"l1": cfg.l1_coefficient, "l0": getattr(self.sae.cfg, "l0_coefficient", 0.0)}
+        self.penalties = {name: CoefficientScheduler(warm_up, value) for name, value in penalties.items()}
 
     def step(self, x: torch.Tensor) -> None:
-        """One Adam step on mean_tokens( ||x - x^||^2 + l1 sum_j f_j ||W_dec_j|| ), x scaled, or the loss as printed."""
-        W_enc, b_enc, W_dec, b_dec = self.weights
+        """One Adam step on the loss of x, scaled."""
         x = x * self.scale
-        with autocast(self.device, self.cfg.autocast):
-            # Zero in value: carries b_dec's gradient without a product as large as the encoder's.
-            b_dec_path = (b_dec.detach() - b_dec) @ W_enc
-            f = torch.relu(torch.addmm(b_enc + b_dec_path, x - b_dec.detach(), W_enc))
-            x_hat = torch.addmm(b_dec, f, W_dec)
-            penalty = f @ W_dec.norm(dim=1)
-        loss = ((x_hat.float() - x).square().sum() + self.l1.value * penalty.float().sum()) / len(x)
-        if self.cfg.loss == "as_printed":
-            loss = (x_hat.float() - x).square().mean() + self.l1.value * f.float().mean()
+        loss = self._standard_loss(x) if self.cfg.architecture == "standard" else self._own_loss(x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad()
         with warnings.catch_warnings(action="ignore"):  # torch's SequentialLR calls its own deprecated form
             self.lr.step()
-        self.l1.step()
+        for penalty in self.penalties.values():
+            penalty.step()
+
+    def _own_loss(self, x: torch.Tensor) -> torch.Tensor:
+        """sae-lens's own loss of an architecture, auxiliary loss of dead features included."""
+        from sae_lens.saes.sae import TrainStepInput
+
+        coefficients = {name: penalty.value for name, penalty in self.penalties.items()}
+        with autocast(self.device, self.cfg.autocast):
+            out = self.sae.training_forward_pass(
+                TrainStepInput(x, coefficients, self.silent > self.cfg.dead_after, self.n_steps, False)
+            )
+        self.silent = torch.where((out.feature_acts > 0).any(0), 0, self.silent + 1)
+        self.n_steps += 1
+        return out.loss
+
+    def _standard_loss(self, x: torch.Tensor) -> torch.Tensor:
+        """mean_tokens( ||x - x^||^2 + l1 sum_j f_j ||W_dec_j|| ), or the loss as printed."""
+        W_enc, b_enc, W_dec, b_dec = self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec
+        with autocast(self.device, self.cfg.autocast):
+            # Zero in value: carries b_dec's gradient without a product as large as the encoder's.
+            b_dec_path = (b_dec.detach() - b_dec) @ W_enc
+            f = torch.relu(torch.addmm(b_enc + b_dec_path, x - b_dec.detach(), W_enc))
+            x_hat = torch.addmm(b_dec, f, W_dec)
+            penalty = f @ W_dec.norm(dim=1)
+        l1 = self.penalties["l1"].value
+        if self.cfg.loss == "as_printed":
+            return (x_hat.float() - x).square().mean() + l1 * f.float().mean()
+        return ((x_hat.float() - x).square().sum() + l1 * penalty.float().sum()) / len(x)
 
     def finish(self):
         from sae_lens import SAE
@@ -256,7 +298,9 @@ class _Trainer:
         about.trained_norm, about.seed, about.hook_name = self.trained_norm, seed, SAE_ID.format(layer=layer)
         with torch.random.fork_rng(devices=[]):
             sae = SAE.from_dict(self.sae.cfg.get_inference_sae_cfg_dict())
-        sae.load_state_dict(self.sae.state_dict())
+        weights = self.sae.state_dict()
+        self.sae.process_state_dict_for_saving_inference(weights)  # BatchTopK's mean threshold becomes a JumpReLU's
+        sae.load_state_dict(weights)
         return _usable(sae, f"trained on layer {layer} from seed {seed}")
 
 

@@ -37,26 +37,34 @@ def batches(n: int, layers=(0,)):
     return [{layer: sparse_acts(BATCH, seed=100 * layer + i) for layer in layers} for i in range(n)]
 
 
+OWN = {
+    "standard": {"l1_coefficient": 1.0, "l1_warm_up_steps": 20},
+    "topk": {"k": 6},
+    "batchtopk": {"k": 6, "topk_threshold_lr": 0.1},
+    "matryoshka_batchtopk": {"k": 6, "topk_threshold_lr": 0.1, "matryoshka_widths": [24, 96]},
+    "jumprelu": {"l0_coefficient": 0.5, "l0_warm_up_steps": 20, "jumprelu_bandwidth": 0.5},
+}
+
+
+def of(kind: str, **changed) -> saes.TrainingConfig:
+    own = {} if kind == "standard" else OWN[kind]
+    return replace(CONFIG, architecture=kind, options=own, dead_after=15, **changed)
+
+
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
-def test_same_weights_as_sae_lens_trainer(normalize):
-    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+@pytest.mark.parametrize("kind", saes.ARCHITECTURES)
+def test_same_weights_as_sae_lens_trainer(kind, normalize):
     from sae_lens.config import SAETrainerConfig
+    from sae_lens.registry import get_sae_training_class
     from sae_lens.training.sae_trainer import SAETrainer
 
-    config = replace(CONFIG, normalize_activations=normalize, lr_warm_up_steps=5, lr_decay_steps=15)
+    config = of(kind, normalize_activations=normalize, lr_warm_up_steps=5, lr_decay_steps=15)
     stream = batches(config.steps)
     ours = saes.train(stream, d_in=D_IN, layers=[0], seeds=[3], config=config, progress=False, keep_order=True)[0, 3]
 
     torch.manual_seed(3)
-    theirs = StandardTrainingSAE(
-        StandardTrainingSAEConfig(
-            d_in=D_IN,
-            d_sae=D_SAE,
-            normalize_activations=normalize,
-            l1_coefficient=config.l1_coefficient,
-            l1_warm_up_steps=config.l1_warm_up_steps,
-        )
-    )
+    make, shape = get_sae_training_class(kind)
+    theirs = make(shape(d_in=D_IN, d_sae=D_SAE, normalize_activations=normalize, **OWN[kind]))
     start = {name: value.clone() for name, value in theirs.state_dict().items()}
     head = stream[: config.norm_batches] if normalize != "none" else []
     SAETrainer(
@@ -68,13 +76,33 @@ def test_same_weights_as_sae_lens_trainer(normalize):
             lr_warm_up_steps=config.lr_warm_up_steps,
             lr_decay_steps=config.lr_decay_steps,
             n_batches_for_norm_estimate=config.norm_batches,
+            dead_feature_window=config.dead_after,
         ),
         theirs,
         cycle([batch[0] for batch in (*head, *stream)]),
     ).fit()
-    for name, value in theirs.state_dict().items():
+    trained = theirs.state_dict()
+    for weights in (start, trained):
+        theirs.process_state_dict_for_saving_inference(weights)
+    for name, value in trained.items():
         assert torch.allclose(ours.state_dict()[name], value, atol=2e-4, rtol=1e-3), name
         assert not torch.allclose(start[name], value, atol=5e-3), f"{name} was not trained"
+
+
+@pytest.mark.parametrize("kind", saes.ARCHITECTURES[1:])
+def test_another_architecture_is_saved_reloaded_and_as_sparse_as_asked(kind, tmp_path):
+    stream = batches(300)
+    made = saes.fit(stream, {0: saes.Job(0, 1, of(kind, steps=300))}, d_in=D_IN, progress=False)[0]
+    saes.save(made, tmp_path / "sae")
+    again, acts = saes.load(tmp_path / "sae", D_IN), sparse_acts(2000, seed=9)
+    assert made.cfg.architecture() == again.cfg.architecture() == ("topk" if kind == "topk" else "jumprelu")
+    assert torch.equal(made.encode(acts), again.encode(acts))
+    l0 = (made.encode(acts) > 0).sum(1).float()
+    if kind == "topk":
+        assert (l0 <= 6).all()
+    elif kind != "jumprelu":  # a mean threshold stands for the batch's own
+        assert 3 < l0.mean() < 9
+    assert saes.random_sae(made, acts).encode(acts).count_nonzero(), "there is a control"
 
 
 def test_deterministic_and_seeds_and_layers_independent():
@@ -310,6 +338,9 @@ def test_unknown_id_of_a_release():
         {"lr": 0.0},
         {"l1_coefficient": -1.0},
         {"architecture": "gated"},
+        {"architecture": "topk", "options": {"k": 97}},
+        {"architecture": "batchtopk", "options": {"k": 0}},
+        {"architecture": "batchtopk", "options": {"k": 8}, "loss": "as_printed"},
         {"normalize_activations": "layer_norm"},
         {"lr_decay_steps": 61},
     ],
@@ -317,6 +348,13 @@ def test_unknown_id_of_a_release():
 def test_bad_config(change):
     with pytest.raises(InputError):
         replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("options", [{"kay": 8}, {"k": 8, "matryoshka_widths": [5, 4, 96]}])
+def test_an_option_that_the_architecture_lacks(options):
+    config = replace(CONFIG, architecture="matryoshka_batchtopk", options=options)
+    with pytest.raises(InputError, match="architecture matryoshka_batchtopk"):
+        saes.train(batches(5), d_in=D_IN, layers=[0], seeds=[0], config=config, progress=False)
 
 
 def test_stream_too_short_or_too_narrow():
