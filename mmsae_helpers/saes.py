@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import islice, tee
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mmsae_helpers.activations import kept
 from mmsae_helpers.errors import InputError, first_line
 from mmsae_helpers.workers import autocast, crew
 
@@ -487,63 +485,3 @@ def rescale_factor(acts: torch.Tensor, target_norm: float) -> float:
     """Factor that brings the mean norm of `acts` [N, d] to an SAE's: its `cfg.metadata.trained_norm`, or, where that is
     None (some releases), `Health.mean_norm` on text."""
     return target_norm / acts.norm(dim=1).double().mean().item()
-
-
-class LossRecovered(NamedTuple):
-    """Mean next-token cross-entropy (nats): as is, with the SAE's output spliced in, with zeros instead.
-
-    recovered = (zero_ablated - spliced) / (zero_ablated - original), 1 if nothing is lost."""
-
-    original: float
-    spliced: float
-    zero_ablated: float
-    recovered: float
-    n_tokens: int
-
-
-@torch.no_grad()
-def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, keep="all", *, together=None) -> dict:
-    """LossRecovered by key, over all text targets of batches of `activations.Inputs`, for several SAEs of one layer.
-
-    Replaced are the outputs of block `layer` at tokens `keep` "text", "image" or "all", never padding or special ones.
-    together: lend the model's device to that many SAEs at a time.
-    """
-    if together:
-        held, found = list(batches), {}
-        for some in groups(saes, together):
-            with lent(adapter.device, *some.values()):
-                found |= loss_recovered(adapter, some, layer, held, keep)
-        return found
-    layer = adapter.check_layer(layer)
-    replacers = {"original": lambda x: x, "zero": torch.zeros_like}
-    replacers |= {("sae", key): (lambda x, sae=sae: sae(x.float()).to(x)) for key, sae in saes.items()}
-    totals, n_tokens = dict.fromkeys(replacers, 0.0), 0
-    for _, inputs in batches:
-        ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
-        image = adapter.image_mask(ids)
-        where = kept(adapter, inputs, image, "content" if keep == "all" else keep)
-        target = (real & ~image)[:, 1:] & real[:, :-1]
-        n_tokens += int(target.sum())
-        # The first pass holds the block's output for the others, which so need not read the images again.
-        held, words = [], {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-        for name, replacer in replacers.items():
-            with adapter.blocks[layer].register_forward_hook(partial(_splice, where, replacer, held)):
-                again = words if held and adapter.image_token_id is not None else inputs
-                logits = adapter.forward(again).logits[:, :-1][target].float()
-            totals[name] += torch.nn.functional.cross_entropy(logits, ids[:, 1:][target], reduction="sum").item()
-    if not n_tokens:
-        raise InputError(f"no text tokens to measure the loss on (layer {layer})")
-    original, zero, *spliced = (total / n_tokens for total in totals.values())
-    return {
-        key: LossRecovered(original, nats, zero, (zero - nats) / (zero - original), n_tokens)
-        for key, nats in zip(saes, spliced, strict=True)
-    }
-
-
-def _splice(where: torch.Tensor, replacer, held: list, _module, _inputs, output):
-    """Hook: a block's output becomes that in `held` (the first one it sees), at the tokens `where` [B, T] replaced."""
-    if not held:
-        held.append(output[0] if isinstance(output, tuple) else output)
-    hidden = held[0].clone()
-    hidden[where] = replacer(hidden[where])
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -364,43 +364,6 @@ def test_stream_too_short_or_too_narrow():
         saes.train(batches(10), d_in=16, layers=[0], seeds=[0], config=CONFIG, progress=False)
 
 
-def test_loss_recovered():
-    from types import SimpleNamespace
-
-    from transformers import GemmaConfig, GemmaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = dict(num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    model = GemmaForCausalLM(
-        GemmaConfig(vocab_size=40, hidden_size=D_IN, intermediate_size=48, initializer_range=0.3, **sizes)
-    ).eval()
-    adapter = SimpleNamespace(
-        blocks=model.model.layers,
-        check_layer=int,
-        device=torch.device("cpu"),
-        image_token_id=7,
-        tokenizer=SimpleNamespace(all_special_ids=[0, 1, 7]),
-        image_mask=lambda ids: ids == 7,
-        forward=lambda inputs: model(**inputs),
-    )
-    ids = torch.randint(8, 40, (4, 12))
-    ids[:, 0], ids[:, 1:3], ids[3, 8:] = 1, 7, 0
-    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-
-    identity = lambda x: x  # noqa: E731
-    found = saes.loss_recovered(adapter, {"same": identity, "zero": torch.zeros_like}, 1, [(torch.arange(4), inputs)])
-    assert found["same"].recovered == 1 and found["zero"].recovered == 0
-    assert found["same"].n_tokens == 4 * 9 - 4
-    labels = ids.masked_fill((ids == 0) | (ids == 7), -100)
-    expected = torch.nn.functional.cross_entropy(
-        model(**inputs).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-    )
-    assert found["same"].original == pytest.approx(expected.item(), rel=1e-5)
-    image = saes.loss_recovered(adapter, {0: torch.zeros_like}, 1, [(torch.arange(4), inputs)], keep="image")
-    assert image[0].zero_ablated != found["zero"].zero_ablated
-    assert not model.model.layers[1]._forward_hooks
-
-
 def test_controls_have_one_direction_a_feature_and_thresholds_of_their_tokens():
     from sae_lens import StandardSAE, StandardSAEConfig
 
