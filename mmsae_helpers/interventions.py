@@ -49,11 +49,11 @@ def loss_recovered(adapter, saes: Mapping[Hashable, Any], layer: int, batches, k
     edits = {"zero": (layer, lambda x, _: torch.zeros_like(x))}
     edits |= {("sae", key): (layer, lambda x, _, sae=sae: sae(x)) for key, sae in saes.items()}
     totals, n_tokens = dict.fromkeys((None, *edits), 0.0), 0
-    for _, inputs in batches:
+    for sample, inputs in batches:
         ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
         target = (real & ~adapter.image_mask(ids))[:, 1:] & real[:, :-1]
         n_tokens += int(target.sum())
-        for key, logits in _logits(adapter, inputs, edits, "content" if keep == "all" else keep):
+        for key, logits in _logits(adapter, sample, inputs, edits, "content" if keep == "all" else keep):
             own = logits[:, :-1][target].float()
             totals[key] += torch.nn.functional.cross_entropy(own, ids[:, 1:][target], reduction="sum").item()
     if not n_tokens:
@@ -72,10 +72,10 @@ def first_words(adapter, batches, edits: Mapping[Hashable, tuple[int, Edit]], ke
     ``edits`` {key: (block, change)} are applied one at a time, to the outputs of that block at the tokens `keep`.
     """
     found = {key: [] for key in (None, *edits)}
-    for _, inputs in batches:
+    for sample, inputs in batches:
         rows = torch.arange(len(inputs["input_ids"]), device=adapter.device)
         last = (inputs["attention_mask"].cumsum(1)).argmax(1)
-        for key, logits in _logits(adapter, inputs, edits, keep):
+        for key, logits in _logits(adapter, sample, inputs, edits, keep):
             ids = logits[rows, last].argmax(1).tolist()
             found[key] += [adapter.tokenizer.decode([i]).strip().lower() for i in ids]
     return {key: np.array(words) for key, words in found.items()}
@@ -100,14 +100,38 @@ def projected_out(directions: torch.Tensor) -> Edit:
 
 
 def added(vectors: torch.Tensor) -> Edit:
-    """Adds to every residual of sample s the vector s of ``vectors`` [S, d_model]."""
+    """Adds to every residual of sample s (its number in the data set) the vector s of ``vectors`` [S, d_model]."""
     return lambda x, sample: x + vectors.to(x)[sample.to(x.device)]
 
 
-def _logits(adapter, inputs, edits: Mapping, keep: str) -> Iterator[tuple[Hashable, torch.Tensor]]:
+@torch.no_grad()
+def typical(sae, acts: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each feature on ``acts`` [N, d_model] times ``scale``: the vector that it adds to the residuals where it
+    fires, [d_sae, d_model] (0 of a silent one), and the mean length of what it adds to any, [d_sae]."""
+    total, fired = torch.zeros(2, sae.cfg.d_sae, dtype=torch.float64, device=sae.device)
+    for x in acts.split(1024):
+        active = sae.encode(x.to(sae.W_dec) * scale)
+        total, fired = total + active.sum(0), fired + (active > 0).sum(0)
+    strength = (total / fired.clamp(min=1) / scale).to(sae.W_dec)
+    return strength[:, None] * sae.W_dec, (total / len(acts) / scale).to(sae.W_dec) * sae.W_dec.norm(dim=1)
+
+
+def as_large(size, wanted, barred) -> list[int]:
+    """For each feature ``wanted`` another one, not ``barred``, nearest to it in ``size`` [F], each once: a control."""
+    size, free = np.asarray(size, float), np.setdiff1d(np.arange(len(size)), np.asarray(barred, int))
+    found = []
+    for feature in wanted:
+        if len(free):
+            nearest = np.abs(size[free] - size[feature]).argmin()
+            found.append(int(free[nearest]))
+            free = np.delete(free, nearest)
+    return found
+
+
+def _logits(adapter, sample, inputs, edits: Mapping, keep: str) -> Iterator[tuple[Hashable, torch.Tensor]]:
     """(None, logits [B, T, vocabulary] as they are), then (key, those of each edit)."""
     mask = kept(adapter, inputs, adapter.image_mask(inputs["input_ids"]), keep)
-    sample = mask.nonzero(as_tuple=True)[0]
+    of = sample.to(mask.device)[mask.nonzero(as_tuple=True)[0]]
     tuples = []
     with hooked(adapter, {layer for layer, _ in edits.values()}, stop=False) as held:
         with adapter.blocks[0].register_forward_hook(lambda _m, _i, out: tuples.append(isinstance(out, tuple))):
@@ -116,7 +140,7 @@ def _logits(adapter, inputs, edits: Mapping, keep: str) -> Iterator[tuple[Hashab
     again = inputs if adapter.image_token_id is None else words  # a captioner's blocks read the picture themselves
     for key, (layer, edit) in edits.items():
         hidden = held[layer].clone()
-        hidden[mask] = edit(hidden[mask].float(), sample).to(hidden)
+        hidden[mask] = edit(hidden[mask].float(), of).to(hidden)
         with _resumed(adapter, layer, (hidden,) if tuples[0] else hidden):
             yield key, adapter.forward(again).logits
 

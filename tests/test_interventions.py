@@ -63,9 +63,9 @@ def test_going_on_from_a_block_is_the_whole_pass_bit_for_bit(name):
     layer = adapter.n_layers // 2
     edits = {"same": (layer, lambda x, _: x), "none": (layer, lambda x, _: 0 * x), "first": (0, lambda x, _: x)}
     keep = "image" if adapter.image_token_id is not None else "text"
-    for _, inputs in asked(adapter):
+    for sample, inputs in asked(adapter):
         with torch.no_grad():
-            found = dict(interventions._logits(adapter, inputs, edits, keep))
+            found = dict(interventions._logits(adapter, sample, inputs, edits, keep))
             with hooked(adapter, [layer]):
                 run(adapter, inputs)  # nothing is left behind
         assert torch.equal(found["same"], found[None]) and torch.equal(found["first"], found[None])
@@ -103,3 +103,24 @@ def test_edits_do_what_they_say(scaling):
     assert np.linalg.matrix_rank(gone.double().numpy(), tol=1e-3) == D_IN - 2
     vectors = torch.randn(5, D_IN)
     assert torch.equal(interventions.added(vectors)(x, sample), x + vectors.repeat_interleave(10, 0))
+
+
+def test_a_control_is_as_large_and_another_feature():
+    size = [0.0, 1.0, 1.1, 5.0, 5.2, 9.0, 1.05]
+    assert interventions.as_large(size, [1, 3], [1, 2, 3]) == [6, 4]
+    assert interventions.as_large(size, [1, 2], range(6)) == [6], "none is left for the other"
+
+
+def test_what_a_feature_adds_where_it_fires():
+    from sae_lens import SAE
+
+    torch.manual_seed(0)
+    sae = SAE.from_dict({"architecture": "standard", "d_in": 8, "d_sae": 16}).eval().requires_grad_(False)
+    sae.b_enc.data[3] = -1e6
+    acts = torch.randn(200, 8)
+    vectors, size = interventions.typical(sae, acts, scale=2.0)
+    active = sae.encode(2 * acts)
+    assert vectors[3].abs().sum() == 0 and size[3] == 0
+    fires = active[:, 5] > 0
+    assert torch.allclose(vectors[5], active[fires, 5].mean() * sae.W_dec[5] / 2, atol=1e-5)
+    assert torch.allclose(size, (active[:, :, None] * sae.W_dec).norm(dim=2).mean(0) / 2, atol=1e-5)
