@@ -172,6 +172,12 @@ def test_paint_blackens_exactly_the_dropped_patches(size):
     assert np.array_equal(pixels, np.where(rows[:, None, None] == columns[None, :, None], 200, 0) * np.ones(3))
 
 
+def test_patches_are_hidden_on_the_device_of_the_inputs():
+    there = torch.zeros(2, 5, dtype=torch.int64, device="meta")  # refuses tensors of the CPU as CUDA does
+    hidden = patches.hide({"attention_mask": there}, there, np.ones((2, 4), bool))
+    assert hidden["attention_mask"].device.type == "meta"
+
+
 def test_hidden_patches_change_nothing_any_more(llava, image_batches):
     _, inputs = next(image_batches(0, 3, 3))
     patch, keep = llava.patch_index(inputs["input_ids"]), np.array([[True, False, True, True]] * 3)

@@ -189,7 +189,8 @@ def hide(inputs: dict, patch, keep) -> dict:
     ``patch`` [B, T] of every position, ``keep`` [B, P] bool. For `Adapter.forward`: the last position stays where it
     is, so the answer is read from its logits; not for `Adapter.answer`, which shifts prompts by their mask.
     """
-    patch, keep = torch.as_tensor(patch), torch.as_tensor(keep)
+    patch = torch.as_tensor(patch)
+    keep = torch.as_tensor(keep, device=patch.device)
     dropped = (patch >= 0) & ~keep.gather(1, patch.clamp(min=0))
     mask = inputs["attention_mask"]
     return inputs | {"attention_mask": mask.masked_fill(dropped.to(mask.device), 0)}
