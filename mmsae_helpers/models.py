@@ -391,6 +391,8 @@ def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_c
         processor = _read(name, hf.AutoProcessor.from_pretrained, path, **options)
         if not hasattr(processor, "image_processor"):
             raise InputError(f"{name} has no image processor: add its preprocessor_config.json")
+        # where torchvision is installed it would resize otherwise, by a grey level or two
+        processor.image_processor = _read(name, hf.AutoImageProcessor.from_pretrained, path, backend="pil", **options)
     factory = hf.AutoModelForCausalLM if family is Adapter else hf.AutoModelForImageTextToText
     model = _weights(name, factory, path, device, dtype, **options)
     tokenizer = getattr(processor, "tokenizer", None) or _read(name, hf.AutoTokenizer.from_pretrained, path, **options)
