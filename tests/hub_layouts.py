@@ -18,7 +18,16 @@ import zstandard
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 from safetensors.torch import load_file, save_file
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    ByteLevelBPETokenizer,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SHA = "0" * 40
 CLASSES = ["dolphin", "skyscraper", "boy", "cloud", "apple", "maple_tree"]
@@ -289,7 +298,7 @@ def vit_gpt2(hub: Path, name: str = "nlpconnect/vit-gpt2-image-captioning") -> P
     end = "<|endoftext|>"
     dump(folder / "special_tokens_map.json", dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], end))
     dump(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "bos_token":
-         end, "eos_token": end, "unk_token": end, "model_max_length": 1024, "special_tokens_map_file": None})  # fmt: skip
+         end, "eos_token": end, "unk_token": end, "model_max_length": 1024})  # fmt: skip
     vocab = words.get_vocab_size()
     old = {"bad_words_ids": None, "do_sample": False, "early_stopping": False, "max_length": 20, "min_length": 0,
            "num_beams": 1, "num_return_sequences": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
@@ -317,7 +326,8 @@ def vit_gpt2(hub: Path, name: str = "nlpconnect/vit-gpt2-image-captioning") -> P
     tensors["decoder.lm_head.weight"] = tensors["decoder.transformer.wte.weight"]
     torch.save(tensors, folder / "pytorch_model.bin")
     dump(folder / "preprocessor_config.json", {"do_normalize": True, "do_resize": True, "feature_extractor_type":
-         "ViTFeatureExtractor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "size": 32})  # fmt: skip
+         "ViTFeatureExtractor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2,
+         "size": 32})  # fmt: skip
     return folder
 
 
@@ -417,7 +427,9 @@ def gpt2_res_jb(hub: Path, layers=(8,)) -> Path:
     return folder
 
 
-def gemma_scope(hub: Path, name: str = "google/gemma-scope-2b-pt-res", place="layer_12/width_16k/average_l0_82") -> Path:
+def gemma_scope(
+    hub: Path, name: str = "google/gemma-scope-2b-pt-res", place="layer_12/width_16k/average_l0_82"
+) -> Path:
     """params.npz with a threshold a feature, and no config: the loader knows it by the folder's name."""
     folder = repository(hub, name)
     (folder / place).mkdir(parents=True)
@@ -482,7 +494,9 @@ def imagenet(hub: Path, name: str = "ILSVRC/imagenet-1k", n: int = 4, size=(48, 
     names = [f"{c.replace('_', ' ')}, {s}" for c, s in zip(CLASSES, SUPERCLASSES, strict=True)]
     names += [f"{word}, thing" for word in FILLER[:6]]
     features = {"image": Image(), "label": ClassLabel(names=names)}
-    parts = {split: labelled(n, 100 * i, "image", "label", size) for i, split in enumerate(["train", "validation", "test"])}
+    parts = {
+        split: labelled(n, 100 * i, "image", "label", size) for i, split in enumerate(["train", "validation", "test"])
+    }
     for rows in parts.values():  # the other six classes, so that nine others can be offered
         rows += [row | {"label": row["label"] + 6} for row in rows]
     if name.startswith("ILSVRC"):
@@ -508,7 +522,10 @@ def obelics(hub: Path, site: str, n: int = 60, dead: int = 3) -> Path:
     folder = repository(hub, "HuggingFaceM4/OBELICS", "datasets")
     rows = []
     for i, text in enumerate(sentences(n, 11)):
-        urls = [f"{site}/{i % 6}/{i}.jpg", f"{site}/gone/{i}.jpg" if i % dead == 0 else f"{site}/{(i + 1) % 6}/{i}b.jpg"]
+        urls = [
+            f"{site}/{i % 6}/{i}.jpg",
+            f"{site}/gone/{i}.jpg" if i % dead == 0 else f"{site}/{(i + 1) % 6}/{i}b.jpg",
+        ]
         about = [{"document_url": "x", "src": url} for url in urls]
         rows.append({"images": [None, urls[0], None, urls[1]], "texts": [text, None, text[::2], None],
                      "metadata": json.dumps([None, about[0], None, about[1]]),
@@ -548,8 +565,8 @@ def llava_bench(hub: Path, n: int = 6) -> Path:
     """lmms-lab/llava-bench-coco: train alone, gpt_answer and caption."""
     folder = repository(hub, "lmms-lab/llava-bench-coco", "datasets")
     rows = [
-        {"question_id": str(i), "question": text, "image": {"bytes": picture(i % 6, i), "path": None}, "image_id": str(i),
-         "category": ("conv", "detail", "complex")[i % 3], "caption": text, "gpt_answer": text[::2]}
+        {"question_id": str(i), "question": text, "image": {"bytes": picture(i % 6, i), "path": None},
+         "image_id": str(i), "category": ("conv", "detail", "complex")[i % 3], "caption": text, "gpt_answer": text[::2]}
         for i, text in enumerate(sentences(n, 41, 6))
     ]  # fmt: skip
     features = {key: Image() if key == "image" else Value("string") for key in rows[0]}
@@ -557,7 +574,7 @@ def llava_bench(hub: Path, n: int = 6) -> Path:
 
 
 def neuronpedia(path: Path, layer: str = "6-res-jb", n: int = 20) -> Path:
-    """What Neuronpedia exports of a source: a JSON list of explanations, features without one left out, some with two."""
+    """What Neuronpedia exports of a source: a JSON list of explanations; some features have none, some two."""
     rows = [
         {"modelId": "gemma-2b", "layer": layer, "index": str(i), "description": f" mentions of {WORDS[i % len(WORDS)]}",
          "explanationModelName": "gpt-3.5-turbo", "typeName": "oai_token-act-pair"}
