@@ -536,7 +536,8 @@ def _open(name: str, split: str | None, streaming: bool = False, otherwise: str 
     path = Path(name).expanduser()
     is_file = path.suffix in (".parquet", ".arrow")
     if (copy := Path(hub).expanduser()).is_dir() and _is_of_hub(copy):
-        return _loaded(name, str(copy), *filter(None, [config]), split=split or otherwise, streaming=streaming), None
+        args, options = filter(None, [str(copy), config]), {"cache_dir": _cache_of(copy), "streaming": streaming}
+        return _loaded(name, *args, split=split or otherwise, **options), None
     if is_file and path.is_file():
         rows = _loaded(name, path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
     elif path.is_dir():
@@ -559,6 +560,14 @@ def _is_of_hub(folder: Path) -> bool:
     names = [file.name for file in chain(folder.glob("*"), folder.glob("*/*"))]
     images = any(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in names)
     return any(map(_TABLES.search, names)) and (".gitattributes" in names or not images)
+
+
+def _cache_of(folder: Path) -> str:
+    """A cache for a folder as it is now: datasets tells copies apart by their last name and configuration alone."""
+    files = sorted((str(file), file.stat()) for file in folder.resolve().rglob("*") if file.is_file())
+    now = "".join(f"{name} {about.st_size} {about.st_mtime_ns}\n" for name, about in files)
+    digest = hashlib.sha256(now.encode(errors="surrogateescape")).hexdigest()
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"mmsae_copy-{digest[:16]}")
 
 
 def _drawn(rows: IterableDataset, per_class: int, seed: int, on_bad_label: str) -> Dataset | None:

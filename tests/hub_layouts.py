@@ -3,7 +3,8 @@
 Each function writes one repository of that name into a hub cache, so that it is found under its own id where there is
 no network (`HF_HUB_CACHE`, `HF_HUB_OFFLINE`), and returns the folder, which is what a user's copy of it is. What
 transformers 5 would write otherwise is rewritten as it lies there: keys of tensors, fields of configs, split files.
-Widths, vocabularies, pictures and row counts are tiny; depths, names of fields and files, and columns are the hub's.
+Widths, vocabularies, pictures and row counts are tiny, depths no more than profile paper looks
+at; names of fields and files, and columns are the hub's.
 """
 
 import io
@@ -227,7 +228,7 @@ def mistral(hub: Path, name: str = "mistralai/Mistral-7B-Instruct-v0.2") -> Path
     """The language model that LLaVA-NeXT is made from; no pad token."""
     folder = repository(hub, name)
     vocab = llama_tokenizer(folder, chat_template=MISTRAL_TEMPLATE, additional_special_tokens=[])
-    config = text_config("mistral", vocab, 32, rope_theta=1000000.0, sliding_window=None, tie_word_embeddings=False)
+    config = text_config("mistral", vocab, 18, rope_theta=1000000.0, sliding_window=None, tie_word_embeddings=False)
     config |= {"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2}
     weights(folder, config | {"transformers_version": "4.36.0"}, "MistralForCausalLM", shards=3)
     return folder
@@ -238,7 +239,7 @@ def llava_next(hub: Path, name: str = "llava-hf/llava-v1.6-mistral-7b-hf") -> Pa
     folder = repository(hub, name)
     n = llama_tokenizer(folder, ["<image>", "<pad>"], pad_token="<pad>", processor_class="LlavaNextProcessor")
     vocab, pinpoints = -(-n // 64) * 64, [[SIDE * a, SIDE * b] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-    text = text_config("mistral", vocab, 32, rope_theta=1000000.0, sliding_window=None)
+    text = text_config("mistral", vocab, 18, rope_theta=1000000.0, sliding_window=None)
     text["_name_or_path"] = "mistralai/Mistral-7B-Instruct-v0.2"
     config = {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next", "ignore_index": -100,
               "image_grid_pinpoints": pinpoints, "image_token_index": n - 2, "projector_hidden_act": "gelu",
@@ -266,7 +267,7 @@ def chameleon(hub: Path, name: str = "facebook/chameleon-7b", codes: int = 8) ->
           "model_type": "chameleon_vqgan", "num_embeddings": codes, "num_res_blocks": 1, "out_channels": 3,
           "resolution": 32}  # fmt: skip
     known = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    config = text_config("chameleon", n, 32, rope_scaling=None, num_key_value_heads=2, attention_bias=False)
+    config = text_config("chameleon", n, 10, rope_scaling=None, num_key_value_heads=2, attention_bias=False)
     config |= {"architectures": ["ChameleonForConditionalGeneration"], "bos_token_id": 1, "eos_token_id": 2,
                "pad_token_id": known["<pad>"], "model_parallel_size": 1, "swin_norm": False, "mlp_bias": False,
                "tie_word_embeddings": False, "transformers_version": "4.43.0.dev0", "vocabulary_map": known,

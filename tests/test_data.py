@@ -636,3 +636,20 @@ def test_a_copy_of_a_hub_repository_is_read_as_the_hub_would(tmp_path, metadata)
 def test_a_table_beside_class_folders_is_none_of_the_data(folder):
     (folder / "metadata.csv").write_text("file_name\n")
     assert len(data.load(str(folder)).dataset) == 6
+
+
+def test_copies_of_one_name_are_told_apart_and_so_is_what_changes(tmp_path):
+    """datasets caches a folder by its last name and configuration, and hands out another's rows."""
+
+    def copy(owner, color):
+        (folder := tmp_path / owner / "set").mkdir(parents=True, exist_ok=True)
+        rows_file(
+            folder / "test-0.parquet", [0, 1], ClassLabel(names=["a", "b"]), [png((color + i, 0, 0)) for i in (0, 1)]
+        )
+        files = "configs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test-*\n"
+        (folder / "README.md").write_text(f"---\n{files}---\n")
+        return str(folder)
+
+    for owner, color in (("me", 10), ("you", 20), ("me", 30)):
+        for per_class in (None, 1):
+            assert reds(data.load(copy(owner, color), per_class=per_class)) == [color, color + 1]

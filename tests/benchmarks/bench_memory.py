@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 
@@ -35,24 +36,25 @@ def picture(i: int) -> bytes:
     return file.getvalue() + np.random.default_rng(i).bytes(BYTES)
 
 
-def make(folder: Path, kind: str, n: int) -> None:
-    """A source of ``n`` rows in parquet files of 500."""
-    for start in range(0, n, 500):
-        at = range(start, min(start + 500, n))
-        if kind == "images":
-            features = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
-            rows = [{"image": {"bytes": picture(i), "path": None}, "label": i % 2} for i in at]
-        else:
-            text = List(Value("string"))
-            features = {"text": Value("string"), "texts": text, "images": text}
-            words = [np.random.default_rng(i).bytes(TEXT // 2).hex() for i in at]
-            rows = [{"text": w, "texts": [w, None], "images": [None, str(folder / "a.jpg")]} for w in words]
-        Dataset.from_list(rows, features=Features(features)).to_parquet(folder / f"train-{start:07d}.parquet")
-    (folder / "a.jpg").write_bytes(picture(0))
-    (folder / ".gitattributes").write_text("")
+def make(file: Path, kind: str, n: int) -> None:
+    """A source of ``n`` rows in a parquet file, 500 rows a group."""
+    text, image = List(Value("string")), file.with_name("a.jpg")
+    Pictures.new("RGB", (16, 16)).save(image)
+    features = {"text": Value("string"), "texts": text, "images": text}
+    if kind == "images":
+        features = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
+    with pq.ParquetWriter(file, Features(features).arrow_schema) as writer:
+        for start in range(0, n, 500):
+            at = range(start, min(start + 500, n))
+            if kind == "images":
+                rows = [{"image": {"bytes": picture(i), "path": None}, "label": i % 2} for i in at]
+            else:
+                words = [np.random.default_rng(i).bytes(TEXT // 2).hex() for i in at]
+                rows = [{"text": w, "texts": [w, None], "images": [None, str(image)]} for w in words]
+            writer.write_table(Dataset.from_list(rows, features=Features(features)).data.table)
 
 
-def measure(folder: Path, kind: str, n: int) -> float:
+def measure(file: Path, kind: str, n: int) -> float:
     """GiB that going over the source takes."""
     from mmsae_helpers import cache, data, models
 
@@ -65,12 +67,12 @@ def measure(folder: Path, kind: str, n: int) -> float:
 
     threading.Thread(target=watch, daemon=True).start()
     if kind == "images":
-        images = data.load(str(folder), "train", n // 2 * 9 // 10)
+        images = data.load(str(file), None, n // 2 * 9 // 10)
         for _ in range(2):
             for start in range(0, len(images.dataset), 64):
                 images.dataset[start : start + 64]["image"]
     else:
-        texts, mixed = data.documents(str(folder), n * 9 // 10), data.interleaved(str(folder), n * 9 // 10)
+        texts, mixed = data.documents(str(file), n * 9 // 10), data.interleaved(str(file), n * 9 // 10)
         for some in (texts, mixed):
             cache.of_texts(None, adapter, some[10:], [0], batch_size=1)
             sum(len(document if isinstance(document, str) else document.opened()) for document in some)
@@ -81,18 +83,16 @@ def measure(folder: Path, kind: str, n: int) -> float:
 if __name__ == "__main__":
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     if sys.argv[1:2] == ["measure"]:
-        print(measure(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
+        print(f"{measure(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])):.3f}")
         sys.exit()
     sizes = dict(zip(("images", "documents"), [*map(int, sys.argv[1:]), 2000, 10_000][:2], strict=True))
     for kind, n in sizes.items():
         for times in (1, 10):
             with tempfile.TemporaryDirectory() as place:
-                (folder := Path(place) / "source").mkdir()
-                make(folder, kind, n * times)
-                size = sum(file.stat().st_size for file in folder.iterdir()) / 2**30
-                environment = os.environ | {"HF_DATASETS_CACHE": place, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-                command, begin = [sys.executable, __file__, "measure", str(folder), kind, str(n * times)], time.time()
+                make(file := Path(place) / "rows.parquet", kind, n * times)
+                environment, begin = os.environ | {"HF_DATASETS_CACHE": place}, time.time()
+                command = [sys.executable, __file__, "measure", str(file), kind, str(n * times)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                took = f"{time.time() - begin:.0f} s"
-                gib = done.stdout.split()[-1:] if not done.returncode else done.stderr.splitlines()[-1:]
-                print(f"{n * times:7,} {kind}, {size:.2f} GiB on disk: {''.join(gib)[:120]} GiB in memory, {took}")
+                said = (done.stderr if done.returncode else done.stdout).splitlines()[-1]
+                size = f"{n * times:7,} {kind}, {file.stat().st_size / 2**30:.2f} GiB on disk"
+                print(f"{size}: {said[:150]} GiB in memory, {time.time() - begin:.0f} s", flush=True)
