@@ -121,10 +121,13 @@ def of_texts(
     folder, adapter, texts, layers, *, batch_size, keep="text", reading="corrected", max_tokens=None
 ) -> Tokens:
     """Tokens of documents, text-only or `data.Interleaved`; ``folder`` None does not store them."""
-    texts = list(texts)
     batches = partial(data.interleaved_batches, adapter, texts, batch_size, max_tokens=max_tokens)
-    content = [t if isinstance(t, str) else [t.text, *map(data.image_digest, t.images)] for t in texts]
-    about = {"texts": fingerprint(content), "max_tokens": max_tokens}
+    digest = hashlib.sha256(b"[")  # of the list of all contents as JSON, which is never held as a whole
+    for i, text in enumerate(texts):
+        content = text if isinstance(text, str) else [text.text, *map(data.image_digest, text.images)]
+        digest.update(f"{', ' * bool(i)}{json.dumps(content)}".encode())
+    digest.update(b"]")
+    about = {"texts": digest.hexdigest(), "max_tokens": max_tokens}
     return _tokens(adapter, batches, about, layers, len(texts), folder, keep, reading)
 
 

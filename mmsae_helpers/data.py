@@ -8,11 +8,12 @@ import re
 import time
 import urllib.request
 from collections import Counter, namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkstemp
 from threading import get_ident
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ import pandas as pd
 import PIL.Image
 import PIL.ImageOps
 import torch
-from datasets import ClassLabel, Dataset, Image, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import BatchSampler
 
 from mmsae_helpers.activations import Inputs
@@ -39,6 +41,8 @@ _TEXTS = ("caption", "question", "answer")
 _ALIASES = {"image": ("image", "img"), "fine_label": ("fine_label", "label"), "caption": ("caption", "text")}
 _VALIDATION = ("validation", "val", "valid")  # one split
 _HIDDEN = (".", "__MACOSX")
+_TEXT = {"text": Value("string")}
+_TABLES = re.compile(r"\.(parquet|arrow|csv|jsonl?)(\.(zst|gz|bz2|xz))?$")  # of a hub repository, as in its folder
 
 
 class ImageData(NamedTuple):
@@ -118,12 +122,28 @@ class Interleaved(NamedTuple):
         return [upright(image) for image in self.images]
 
 
-class Documents(list):
-    """A list of `Interleaved`, and in ``skipped`` what was left out because an image could not be had."""
+class Documents(Sequence):
+    """Texts or `Interleaved`, of a list or read from disk as they are asked for, and in ``skipped`` what was left out
+    because an image could not be had. A slice is another."""
 
-    def __init__(self, documents=(), skipped=()):
-        super().__init__(documents)
-        self.skipped: list[str] = list(skipped)
+    def __init__(self, rows: Sequence | Dataset, skipped=()):
+        self._rows, self.skipped = rows, list(skipped)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            return self.select(range(len(self))[at])
+        row = self._rows[at]
+        if not isinstance(row, dict):
+            return row
+        return Interleaved(row["text"], [Path(file) for file in row["images"]]) if "images" in row else row["text"]
+
+    def select(self, at: Sequence[int]) -> "Documents":
+        """Those at these places."""
+        on_disk = isinstance(self._rows, Dataset)
+        return Documents(self._rows.select(at) if on_disk else [self._rows[i] for i in at], self.skipped)
 
 
 Cut = namedtuple("Cut", "documents images tokens")  # documents longer than a context, and what it leaves out of them
@@ -172,7 +192,8 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
     """Load labelled images.
 
     ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall), a folder with one subfolder of
-    images a class (or with splits between), a ``.parquet`` or ``.arrow`` file, or a hub id. A file, or a folder without
+    images a class (or with splits between), a ``.parquet`` or ``.arrow`` file, a hub id, or a folder with a copy of its
+    repository (tables). A file, or a folder without
     splits, is read whole if ``split`` is None; otherwise, of each ten rows in a row eight are ``train``, one is
     ``validation`` and one ``test``, by a fixed draw. Elsewhere None is ``test``. ``per_class`` keeps that many images
     of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they are there.
@@ -209,24 +230,25 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
     return images
 
 
-def documents(name: str, count: int, seed: int = 0) -> list[str]:
-    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file in UTF-8 (one a line), a ``.parquet`` file or a hub
-    id with a ``text`` column. Raises InputError where there are fewer or none."""
+def documents(name: str, count: int, seed: int = 0) -> Documents:
+    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file in UTF-8 (one a line), a ``.parquet`` file, a hub
+    id or a copy of its repository with a ``text`` column. Raises InputError where there are fewer or none."""
     if name == "tinyworld":
-        return [document.text for document in language.documents(count, seed)]
+        return Documents([document.text for document in language.documents(count, seed)])
     path = Path(name).expanduser()
     if path.suffix == ".txt":
         try:
-            texts = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+            with open(path, encoding="utf-8-sig") as lines:
+                texts = _stored(({"text": line.rstrip("\n")} for line in lines if line.strip()), _TEXT)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path} as a text file in UTF-8: {first_line(error)[:200]}") from error
     else:
         rows = _open(name, None, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
         _need(name, rows.column_names or ["text"], "text")
-        texts = [row["text"] for row in rows.take(count)]
+        texts = _stored(({"text": row["text"]} for row in rows.take(count)), _TEXT)
     if len(texts) < count:
         raise InputError(f"{name} has {len(texts)} documents but {count} are needed: lower their number")
-    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
+    return Documents(texts.select(np.random.default_rng(seed).permutation(len(texts))[:count]))
 
 
 def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) -> Documents:
@@ -241,18 +263,25 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
     """
     if name in WORLDS:
         split = _named(split or "train", world.SPLITS, "the embedded world")
-        return Documents(Interleaved(*d) for d in world.interleaved(count, seed, split, WORLDS[name]))
+        return Documents([Interleaved(*d) for d in world.interleaved(count, seed, split, WORLDS[name])])
     rows = _open(name, split, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
     _need(name, rows.column_names or ["images", "texts"], "images", "texts")
-    found, numbered = Documents(), enumerate(rows.decode(False))
-    with ThreadPoolExecutor(32) as pool:
-        while chunk := list(islice(numbered, min(256, count - len(found)))):
-            made = list(pool.map(_document, *zip(*chunk, strict=True)))
-            found += [one for one in made if isinstance(one, Interleaved)]
-            found.skipped += [one for one in made if isinstance(one, str)]
+    skipped, numbered = [], enumerate(rows.decode(False))
+
+    def complete():
+        left = count
+        with ThreadPoolExecutor(32) as pool:
+            while chunk := list(islice(numbered, min(256, left))):
+                made = list(pool.map(_document, *zip(*chunk, strict=True)))
+                skipped.extend(one for one in made if isinstance(one, str))
+                for one in (one for one in made if isinstance(one, Interleaved)):
+                    yield {"text": one.text, "images": [str(file) for file in one.images]}
+                    left -= 1
+
+    found = Documents(_stored(complete(), _TEXT | {"images": List(Value("string"))}), skipped)
     if len(found) < count:
         few = f"{name} has {len(found)} documents with all their images but {count} are needed"
-        raise InputError(f"{few} ({len(found.skipped)} left out): lower their number")
+        raise InputError(f"{few} ({len(skipped)} left out): lower their number")
     return found
 
 
@@ -502,9 +531,13 @@ def _within(n: int, part: str | None) -> np.ndarray:
 
 def _open(name: str, split: str | None, streaming: bool = False, otherwise: str = "test"):
     """Rows, and the part of them asked for where the source has no splits (rows that are streamed are that part). A hub
-    id is owner/name, or owner/name:configuration."""
+    id is owner/name, or owner/name:configuration; so is a folder with a copy of its repository."""
+    hub, _, config = name.partition(":")
     path = Path(name).expanduser()
     is_file = path.suffix in (".parquet", ".arrow")
+    if (copy := Path(hub).expanduser()).is_dir() and _is_of_hub(copy):
+        args, options = filter(None, [str(copy), config]), {"cache_dir": _cache_of(copy), "streaming": streaming}
+        return _loaded(name, *args, split=split or otherwise, **options), None
     if is_file and path.is_file():
         rows = _loaded(name, path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
     elif path.is_dir():
@@ -515,12 +548,26 @@ def _open(name: str, split: str | None, streaming: bool = False, otherwise: str 
     elif is_file or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"data set {name} does not exist: give a folder, a .parquet or .arrow file, or a hub id")
     else:
-        hub, _, config = name.partition(":")
         return _loaded(name, *filter(None, (hub, config)), split=split or otherwise, streaming=streaming), None
     part = split and _named(split, ("train", "validation", "test"), f"{path}, divided as it has no splits,")
     if part and isinstance(rows, IterableDataset):
         rows = rows.decode(False).filter(lambda i: _ten(i // 10)[i % 10] == part, with_indices=True, input_columns=[])
     return rows, part
+
+
+def _is_of_hub(folder: Path) -> bool:
+    """Whether a folder is a copy of a hub repository: it has tables, and no images unless the hub's own file is."""
+    names = [file.name for file in chain(folder.glob("*"), folder.glob("*/*"))]
+    images = any(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in names)
+    return any(map(_TABLES.search, names)) and (".gitattributes" in names or not images)
+
+
+def _cache_of(folder: Path) -> str:
+    """A cache for a folder as it is now: datasets tells copies apart by their last name and configuration alone."""
+    files = sorted((str(file), file.stat()) for file in folder.resolve().rglob("*") if file.is_file())
+    now = "".join(f"{name} {about.st_size} {about.st_mtime_ns}\n" for name, about in files)
+    digest = hashlib.sha256(now.encode(errors="surrogateescape")).hexdigest()
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"mmsae_copy-{digest[:16]}")
 
 
 def _drawn(rows: IterableDataset, per_class: int, seed: int, on_bad_label: str) -> Dataset | None:
@@ -531,18 +578,44 @@ def _drawn(rows: IterableDataset, per_class: int, seed: int, on_bad_label: str) 
     label = next((a for a in _ALIASES["fine_label"] if isinstance(known.get(a), ClassLabel)), None)
     if label is None:
         return None
-    found, counts, missing = [], Counter(), per_class * known[label].num_classes
-    for row in rows.decode(False).shuffle(seed=seed, buffer_size=1_000):
-        if row[label] is None or row[label] < 0:
-            found.append(dict.fromkeys(row))
-            missing *= on_bad_label == "skip"
-        elif counts[row[label]] < per_class:
-            counts[row[label]] += 1
-            found.append(row)
-            missing -= 1
-        if not missing:
-            break
-    return Dataset.from_list(found, features=known)
+
+    def drawn():
+        counts, missing = Counter(), per_class * known[label].num_classes
+        for row in rows.decode(False).shuffle(seed=seed, buffer_size=1_000):
+            if row[label] is None or row[label] < 0:
+                yield dict.fromkeys(row)
+                missing *= on_bad_label == "skip"
+            elif counts[row[label]] < per_class:
+                counts[row[label]] += 1
+                yield row
+                missing -= 1
+            if not missing:
+                break
+
+    return _stored(drawn(), known)
+
+
+@lru_cache
+def _scratch(cache: str) -> TemporaryDirectory:
+    """A folder of this process in the datasets cache, which goes with it."""
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    return TemporaryDirectory(prefix="mmsae_drawn-", dir=cache, ignore_cleanup_errors=True)
+
+
+def _stored(rows: Iterable[dict], features: dict) -> Dataset:
+    """The rows in a file that is mapped into memory, so that they take none; InputError where the disk is full."""
+    descriptor, file = mkstemp(".arrow", dir=_scratch(str(datasets.config.HF_DATASETS_CACHE)).name)
+    os.close(descriptor)
+    try:
+        with ArrowWriter(path=file, features=Features(features), writer_batch_size=100) as writer:
+            for row in rows:
+                writer.write(row)
+            writer.finalize()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"disk full: {file}; make room, or set HF_DATASETS_CACHE to a larger disk") from error
+    return Dataset.from_file(file)
 
 
 def _loaded(name: str, *args, split: str, **options):

@@ -134,7 +134,8 @@ def test_too_few_images_a_class(folder):
 
 
 def test_documents(tmp_path):
-    assert data.documents("tinyworld", 5, 1) == data.documents("tinyworld", 5, 1) != data.documents("tinyworld", 5, 2)
+    some, again, others = (list(data.documents("tinyworld", 5, seed)) for seed in (1, 1, 2))
+    assert some == again != others
     (tmp_path / "t.txt").write_text("one\n\ntwo\nthree\n")
     assert sorted(data.documents(str(tmp_path / "t.txt"), 3)) == ["one", "three", "two"]
     with pytest.raises(InputError, match="has 3 documents but 4"):
@@ -236,7 +237,7 @@ def test_images_of_the_web_are_kept_so_that_dead_links_change_nothing(server, tm
     server.shutdown()
     asked = len(server.asked)
     again = read()
-    assert again == first and again.skipped == first.skipped and len(server.asked) == asked
+    assert list(again) == list(first) and again.skipped == first.skipped and len(server.asked) == asked
     assert all("404" in line or "cannot identify" in line for line in first.skipped)
     adapter = models.load("tinyworld/llava-next", "cpu")
     about = partial(cache.of_texts, None, adapter, layers=[1], batch_size=3)
@@ -577,3 +578,78 @@ def test_a_configuration_is_named_after_a_colon(tmp_path, monkeypatch):
     for name, args in (("me/set", ("me/set",)), ("me/set:large", ("me/set", "large"))):
         data.load(name, "train")
         assert asked.pop() == args and not asked
+
+
+def test_what_is_drawn_from_tables_lies_on_disk(tmp_path, monkeypatch):
+    """More than 2 GiB of pictures in one table in memory ended in "offset overflow"."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "a.png").write_bytes(png())
+    rows_file(tmp_path / "x.parquet", [0, 1] * 20, ClassLabel(names=["a", "b"]))
+    rows = {"texts": [[None, f"t{i}"] for i in range(30)], "images": [[str(tmp_path / "a.png"), None]] * 30}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "o.parquet")
+    Dataset.from_dict({"text": [f"t{i}" for i in range(30)]}).to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    found = [data.load(str(tmp_path / "x.parquet"), per_class=5).dataset]
+    found += [data.interleaved(str(tmp_path / "o.parquet"), 20)._rows]
+    found += [data.documents(str(tmp_path / name), 2)._rows for name in ("t.parquet", "t.txt")]
+    for one in found:
+        (file,) = {entry["filename"] for entry in one.cache_files}
+        assert file.startswith(str(tmp_path / "cache" / "mmsae_drawn-"))
+
+
+def test_documents_are_read_as_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Dataset.from_dict({"text": [f"t{i}" for i in range(30)]}).to_parquet(tmp_path / "t.parquet")
+    some = data.documents(str(tmp_path / "t.parquet"), 20)
+    assert len(some) == 20 and len(set(some)) == 20 and some[-1] == list(some)[-1]
+    assert list(some[5:]) == list(some)[5:] and list(some[::-7].select([1, 0])) == [some[12], some[19]]
+    adapter = models.load("tinyworld/gemma", "cpu")
+    about = [cache.of_texts(None, adapter, t, [1], batch_size=3).description["texts"] for t in (some, list(some), [])]
+    assert about[0] == about[1] == cache.fingerprint(list(some)) and about[2] == cache.fingerprint([])
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_a_copy_of_a_hub_repository_is_read_as_the_hub_would(tmp_path, metadata):
+    """By its folder and configuration, streamed or not, whatever else lies there."""
+    for config, reds_of in (("small", 4), ("large", 9)):
+        (tmp_path / config).mkdir()
+        for split in ("train", "test"):
+            rows_file(
+                tmp_path / config / f"{split}-00000-of-00001.parquet", [0, 1] * reds_of, ClassLabel(names=["a", "b"])
+            )
+    if metadata:
+        (tmp_path / ".gitattributes").write_text("")
+        Image.new("RGB", (4, 4)).save(tmp_path / "logo.png")
+        files = "".join(
+            f"- config_name: {c}\n  data_files:\n"
+            + "".join(f"  - split: {s}\n    path: {c}/{s}-*\n" for s in ("train", "test"))
+            for c in ("small", "large")
+        )
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    for per_class in (None, 2):
+        images = data.load(f"{tmp_path}:large" if metadata else str(tmp_path / "large"), "train", per_class)
+        assert len(images.dataset) == (per_class or 9) * 2
+    with pytest.raises(InputError, match="cannot load data set .*dev"):
+        data.load(f"{tmp_path}:small" if metadata else str(tmp_path / "small"), "dev")
+
+
+def test_a_table_beside_class_folders_is_none_of_the_data(folder):
+    (folder / "metadata.csv").write_text("file_name\n")
+    assert len(data.load(str(folder)).dataset) == 6
+
+
+def test_copies_of_one_name_are_told_apart_and_so_is_what_changes(tmp_path):
+    """datasets caches a folder by its last name and configuration, and hands out another's rows."""
+
+    def copy(owner, color):
+        (folder := tmp_path / owner / "set").mkdir(parents=True, exist_ok=True)
+        rows_file(
+            folder / "test-0.parquet", [0, 1], ClassLabel(names=["a", "b"]), [png((color + i, 0, 0)) for i in (0, 1)]
+        )
+        files = "configs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test-*\n"
+        (folder / "README.md").write_text(f"---\n{files}---\n")
+        return str(folder)
+
+    for owner, color in (("me", 10), ("you", 20), ("me", 30)):
+        for per_class in (None, 1):
+            assert reds(data.load(copy(owner, color), per_class=per_class)) == [color, color + 1]

@@ -212,3 +212,13 @@ def test_a_climb_ends_where_no_neighbour_is_better(scores):
     end = probes._climb(scores.__getitem__, len(scores))
     assert scores[end] == max(scores[max(end - 1, 0) : end + 2])
     assert end == 0 or scores[end - 1] < scores[end], "the stronger shrinkage of equals"
+
+
+@pytest.mark.parametrize("classifier", ["lda", "ridge", "logistic"])
+@pytest.mark.parametrize("d", [5, 500], ids=["primal", "dual"])
+def test_of_features_that_never_fire_the_commonest_class_is_guessed(classifier, d):
+    y = np.array([0, 1, 1, 1, 2] * 8)
+    guessed = probes.predict(
+        sp.csr_matrix((40, d), dtype=np.float32), y, *probes.splits(y, 5, 5, 0), classifier=classifier
+    )
+    assert (guessed == 1).all()
