@@ -5,6 +5,7 @@ A row has an ``image``, a ``question`` and two answers, ``chosen`` and ``rejecte
 """
 
 import copy
+import gc
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -107,6 +109,36 @@ def restore(adapter, state: dict[str, Tensor]) -> None:
         p.copy_(state[name])
 
 
+def read_pictures_once(adapter, most: int = 1000) -> None:
+    """From now on what is frozen, the vision tower or image tokenizer, reads a view of a picture only where it is not
+    among the ``most`` that it read last (0: as ever), and alone: what it makes of it does not hang on the batch."""
+    base = adapter.model.model
+    module, method = (base.vqmodel, "encode") if adapter.family == "chameleon" else (base.vision_tower, "forward")
+    read = getattr(module, method)
+
+    @lru_cache(most)
+    @torch.no_grad()
+    def alone(pixels: bytes, like: tuple, options: tuple):
+        shape, dtype, device = like
+        return read(torch.frombuffer(bytearray(pixels), dtype=dtype).view(1, *shape).to(device), **dict(options))
+
+    def together(pixel_values, **options):
+        like = tuple(pixel_values.shape[1:]), pixel_values.dtype, pixel_values.device
+        pixels = [one.contiguous().view(torch.uint8).numpy().tobytes() for one in pixel_values.cpu()]
+        made = [alone(one, like, tuple(sorted(options.items()))) for one in pixels]
+        return type(made[0])(**{key: _joined([one[key] for one in made]) for key in made[0]})
+
+    if most:
+        setattr(module, method, together)
+
+
+def _joined(parts: list):
+    """Outputs of one input each as the output of all; what is not of an input, the first's stands for."""
+    if isinstance(parts[0], tuple):
+        return tuple(map(_joined, zip(*parts, strict=True)))
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) and parts[0].ndim else parts[0]
+
+
 class _Columns:
     """Makes TRL's columns of a batch of rows when they are asked for, so that images stay encoded until then."""
 
@@ -165,7 +197,11 @@ def fine_tune(
         run.remove_callback(PrinterCallback)
         saved = Path(folder or temporary).glob("checkpoint-*/trainer_state.json")  # the last file of a checkpoint
         last = max(saved, key=lambda file: int(file.parent.name.split("-")[1]), default=None)
-        run.train(resume_from_checkpoint=last and str(last.parent))
+        gc.freeze()  # accelerate collects garbage twice a run, and all there is before it is not of this run
+        try:
+            run.train(resume_from_checkpoint=last and str(last.parent))
+        finally:
+            gc.unfreeze()
     return [{k: v for k, v in e.items() if "logits" not in k} for e in run.state.log_history if "loss" in e]
 
 
@@ -290,9 +326,19 @@ def performance(scores: np.ndarray) -> float:
     return float(100 * scores[done, 0].sum() / scores[done, 1].sum())
 
 
-def once(folder: str | Path, key: dict, make: Callable[[], dict]) -> dict:
-    """What ``make`` returned for ``key`` (both JSON): called once, then read from a file in ``folder``."""
-    file = Path(folder) / f"{fingerprint(key)[:16]}.json"
-    if not file.is_file():
-        data.write(file, json.dumps({"key": key, "made": make()}, indent=1).encode())
-    return json.loads(file.read_text())["made"]
+def once(folder: str | Path, about: dict) -> Callable:
+    """Decorator of a function of JSON or arrays that returns JSON: it is called once for its arguments and ``about``,
+    then its result is read from a file in ``folder``, so that a run that was killed goes on where it was."""
+
+    def decorate(make: Callable) -> Callable:
+        @wraps(make)
+        def read(*args):
+            key = about | {"arguments": [a.tolist() if isinstance(a, np.ndarray) else a for a in args]}
+            file = Path(folder) / f"{fingerprint(key)[:16]}.json"
+            if not file.is_file():
+                data.write(file, json.dumps({"key": key, "made": make(*args)}, indent=1).encode())
+            return json.loads(file.read_text())["made"]
+
+        return read
+
+    return decorate

@@ -297,9 +297,10 @@ class Preferences(NamedTuple):
 def preferences(
     name: str, count: int | None = None, seed: int = 0, split: str | None = None, *, damage=0.4, columns=None
 ) -> Preferences:
-    """``count`` preference rows in an order drawn from ``seed``: ``tinyworld``, a share ``damage`` of it damaged, a
-    ``.parquet`` file, or a hub id, laid out as RLAIF-V (image, question, chosen, rejected) or Align-Anything (image,
-    question, response_1, response_2, overall_response); ``columns`` {ours: theirs} renames others.
+    """``count`` preference rows in an order drawn from ``seed``: ``tinyworld`` or ``tinyworld-aspects``, a share
+    ``damage`` of it damaged, a ``.parquet`` file, or a hub id, laid out as RLAIF-V (image, question, chosen, rejected)
+    or Align-Anything (image, question, response_1, response_2, overall_response); ``columns`` {ours: theirs} renames
+    others.
 
     Rows whose image cannot be read, whose question or answer is missing or empty, or whose answers are equal are left
     out and counted (of the embedded world the question may be empty), as are those of which no response is better.
@@ -307,11 +308,10 @@ def preferences(
     missing column or one without text or images, for fewer rows than ``count``, and where nothing is left.
     """
     if name in WORLDS:
-        if name != "tinyworld" or count is None or not 0 <= damage <= 1:
-            asked = f"{name}, count {count}, damage {damage}"
-            raise InputError(f"no preference rows of {asked}: they are of tinyworld, a number of them, damage 0 to 1")
+        if count is None or not 0 <= damage <= 1:
+            raise InputError(f"no preference rows of count {count}, damage {damage}: a number of them, damage 0 to 1")
         split = _named(split or "train", world.SPLITS, "the embedded world")
-        rows, order = world_preferences.preferences(count, seed, damage, split), range(count)
+        rows, order = world_preferences.preferences(count, seed, damage, split, sizes=WORLDS[name]), range(count)
     else:
         rows, part = _open(name, split, otherwise="train")
         order = np.random.default_rng([seed, 22]).permutation(len(rows))

@@ -190,16 +190,42 @@ def test_bad_input_of_fine_tune(adapter, rows):
 def test_once(tmp_path):
     calls = []
 
-    def make():
-        calls.append(1)
-        return {"performance": 91.25, "nan": float("nan")}
+    def tuning(about, fail=False):
+        @alignment.once(tmp_path, about)
+        def make(name, rows):
+            calls.append(name)
+            if fail:
+                raise RuntimeError
+            return {"performance": rows.sum() / 8, "nan": float("nan")}
 
-    first, again = (alignment.once(tmp_path, {"seed": 0, "share": 0.5}, make) for _ in range(2))
-    assert len(calls) == 1 and repr(first) == repr(again) and first["performance"] == 91.25
-    alignment.once(tmp_path, {"seed": 1, "share": 0.5}, make)
+        return make
+
+    first, again = (tuning({"seed": 0})("a", np.arange(4)) for _ in range(2))
+    assert len(calls) == 1 and repr(first) == repr(again) and first["performance"] == 0.75
+    tuning({"seed": 1})("a", np.arange(4))
     with pytest.raises(RuntimeError):
-        alignment.once(tmp_path, {"seed": 2}, lambda: (_ for _ in ()).throw(RuntimeError))
-    assert len(calls) == len(list(tmp_path.iterdir())) == 2
+        tuning({"seed": 2}, fail=True)("a", np.arange(4))
+    tuning({"seed": 0})("a", np.arange(3))
+    assert len(calls) == 4 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_pictures_read_once_change_nothing_but_the_time(rows):
+    for name, module in (("chameleon", "vqmodel.encoder"), ("llava-next", "vision_tower.embeddings")):
+        plain, other = (models.load(f"tinyworld/{name}") for _ in range(2))
+        alignment.read_pictures_once(plain, 0)
+        alignment.read_pictures_once(other)
+        views, counts = [], []
+        inner = other.model.model.get_submodule(module)
+        inner.register_forward_pre_hook(lambda _, args, views=views: views.append(len(args[0])))
+        prompts = [plain.prompt(plain.raw(q)) for q in rows["question"]]
+        for some in (range(4), [5, 1, 0]):
+            inputs = plain.encode([prompts[i] for i in some], rows.select(some)["image"])
+            with torch.no_grad():
+                same, read = (adapter.forward(inputs).logits for adapter in (plain, other))
+            torch.testing.assert_close(read, same, rtol=1e-4, atol=1e-4)
+            counts.append(len(views))
+        assert set(views) == {1} and counts[1] - counts[0] == counts[0] // 4, "alone; of the second batch the new one"
+        alignment.fine_tune(other, rows.select(range(2)), "dpo", **STEPS)
 
 
 @pytest.fixture

@@ -63,7 +63,10 @@ def test_parameters(path):
     assert set(papermill.inspect_notebook(path)) == set(known), "papermill must see every parameter"
     assert known["profile"] == "tiny"
     for profile in parameters.profiles(ROOT):
-        values = parameters.load(ROOT / "params" / profile / f"{path.stem}.yaml", path)
+        file = ROOT / "params" / profile / f"{path.stem}.yaml"
+        if profile == "tiny_full" and not file.is_file():
+            continue  # it has the notebooks alone of which tiny leaves something out
+        values = parameters.load(file, path)
         assert values["profile"] == profile
         if profile == "tiny":
             assert values.items() <= known.items(), "the defaults are the tiny profile"

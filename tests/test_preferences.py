@@ -175,7 +175,7 @@ def test_splits_are_kept_apart(tmp_path):
         {i.tobytes() for i in data.preferences("tinyworld", 50, split=s).dataset["image"]} for s in ("train", "test")
     ]
     assert not pictures[0] & pictures[1]
-    for wrong in ({"split": "dev"}, {"count": None}, {"damage": 1.5}, {"name": "tinyworld-aspects"}):
+    for wrong in ({"split": "dev"}, {"count": None}, {"damage": 1.5}):
         with pytest.raises(InputError):
             data.preferences(**{"name": "tinyworld", "count": 5} | wrong)
 
@@ -183,6 +183,12 @@ def test_splits_are_kept_apart(tmp_path):
 def test_a_benchmark_in_llava_benchs_layout(tmp_path):
     row = {"image": png(), "question": "?", "gpt_answer": "this", "category": "detail", "caption": "a thing"}
     assert data.benchmark(file(tmp_path, [row] * 3), 2)["reference"] == ["this", "this"]
+
+
+def test_a_second_data_set_has_wide_and_tall_pictures():
+    found = data.preferences("tinyworld-aspects", 60, 0, damage=0.5)
+    sizes = Counter(image.size for image in found.dataset["image"])
+    assert set(sizes) == {(64, 64), (128, 64), (64, 128)} and sizes[64, 64] > 15 and sum(found.kinds != "") == 30
 
 
 def test_scores_and_training_cannot_see_the_damage():

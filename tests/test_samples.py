@@ -1,5 +1,9 @@
 """Scores of samples for filtering: parts, losses and the one pass, against plain definitions on the embedded models."""
 
+import gc
+import tracemalloc
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from datasets import Dataset
 from PIL import Image
 
 from mmsae_helpers import models
+from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters import samples
 from mmsae_helpers.meters.crossmodal import sample_scores
 from mmsae_helpers.meters.features import to_csr
@@ -61,12 +66,13 @@ def test_losses_equal_the_definition_whatever_the_batches(adapter, rows):
         assert np.isnan(see.losses).all()
         list(samples.passing(adapter, rows, [1], batch_size, see))
         np.testing.assert_allclose(see.losses, plain, rtol=1e-4)
+        np.testing.assert_allclose(samples.answer_losses(adapter, rows, batch_size), plain, rtol=1e-4)
         assert see.lengths.tolist() == lengths
 
 
 def test_without_the_image_the_loss_is_of_question_or_answer_alone(adapter, rows):
     for question in (True, False):
-        found = samples.text_losses(adapter, rows, 2, question)
+        found = samples.answer_losses(adapter, rows, 2, "question" if question else "nothing")
         for row, loss in zip(rows, found, strict=True):
             prompt = adapter.prompt(row["question"], image=False) if question else adapter.tokenizer.bos_token
             inputs = adapter.encode([prompt + row["chosen"]])
@@ -77,6 +83,11 @@ def test_without_the_image_the_loss_is_of_question_or_answer_alone(adapter, rows
             assert loss == pytest.approx(
                 -np.mean([scores[i - 1, ids[i]].item() for i in range(len(ids) - n, len(ids))]), rel=1e-4
             )
+
+
+def test_losses_after_something_else_are_refused(adapter, rows):
+    with pytest.raises(InputError, match="choose one of image and question, question, nothing"):
+        samples.answer_losses(adapter, rows, 2, "image")
 
 
 def test_scores_of_prompt_and_answer_equal_separate_passes(adapter, rows, sae):
@@ -104,3 +115,62 @@ def test_a_threshold_a_feature_is_a_threshold_for_all_where_they_are_equal(adapt
     }
     found = feed(meters, samples.passing(adapter, rows, [1], 5))
     assert found["one"].equals(found["each"])
+
+
+def test_similarity_is_the_cosine_of_the_means_whatever_the_batches(adapter, rows):
+    for batch_size in (1, 5):
+        alike = samples.Similarity(len(rows) + 1, 1)
+        batches = list(alike.watch(samples.passing(adapter, rows, [1], batch_size)))
+        for batch in batches:
+            for i in batch.sample.unique().tolist():
+                image, text = (
+                    batch.acts[1][(batch.sample == i) & (batch.is_image == m)].mean(0) for m in (True, False)
+                )
+                assert alike.values[i] == pytest.approx(torch.cosine_similarity(image, text, dim=0).item(), abs=1e-4)
+        assert np.isfinite(alike.values[:-1]).all() and np.isnan(alike.values[-1]), "the last was not seen"
+
+
+def test_similarity_of_one_modality_is_none(adapter, rows):
+    alike = samples.Similarity(len(rows), 1)
+    list(alike.watch(batch.rows(batch.is_image) for batch in samples.passing(adapter, rows, [1], 2)))
+    assert np.isnan(alike.values).all()
+
+
+def test_maxima_are_the_highest_activations(adapter, rows, sae):
+    batches = list(samples.passing(adapter, rows, [1], 2))
+    found = feed({0: samples.Maxima(sae, 1)}, batches)[0]
+    with torch.no_grad():
+        want = sae.encode(torch.cat([batch.acts[1] for batch in batches])).amax(0).clamp(min=0)
+    np.testing.assert_allclose(found, want.numpy(), rtol=1e-5)
+    assert (found > 0).any()
+
+
+def live_bytes():
+    """Bytes of all tensors there are, each storage once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what some old names say when they are looked at
+        storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def test_memory_of_the_scoring_pass_is_flat_in_the_number_of_samples(adapter, rows, sae):
+    peaks = {}
+    for times in (1, 4):
+        some = rows.select([1] * (8 * times))  # alike, so that the batches are
+        at = samples.starts(adapter, some["question"], some["image"])
+        see, alike, live = samples.AnswerLosses(at), samples.Similarity(len(some), 1), []
+
+        def both(sample, inputs, output, see=see, live=live):
+            see(sample, inputs, output)
+            live.append(live_bytes())
+
+        meter = samples.SampleScores(sae, 1, np.ones(sae.cfg.d_sae), at, 0.01)
+        before = live_bytes()
+        tracemalloc.start()
+        feed({0: meter}, alike.watch(samples.passing(adapter, some, [1], 4, both)))
+        peaks[times] = max(live) - before, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(live) == 2 * times and np.isfinite(see.losses).all() and np.isfinite(alike.values).all()
+    assert peaks[4][0] == peaks[1][0] > 0, "tensors: those of a batch"
+    assert peaks[4][1] - peaks[1][1] < 24 * 2**10 * 6, "and of a batch more its two small frames"

@@ -4,7 +4,8 @@ A sample is a prompt with its image and an answer to it. `passing` streams such 
 same forward passes, gives the model's loss on the answers, so that scores with and without an SAE cost one pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,11 @@ from sklearn.metrics import roc_auc_score
 
 from mmsae_helpers import activations
 from mmsae_helpers.activations import Inputs, TokenBatch
+from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters.crossmodal import sample_scores
 from mmsae_helpers.meters.feed import Meter
 
+After = Literal["image and question", "question", "nothing"]
 PARTS = ("prompt", "prompt + answer")
 
 
@@ -40,6 +43,44 @@ class SampleScores(Meter):
 
     def result(self) -> pd.DataFrame:
         return pd.concat(self.frames)
+
+
+class Maxima(Meter):
+    """The highest activation of each feature, float32 [d_sae], 0 where it never fires: a `delta` may be a share of it,
+    since features fire at scales of their own."""
+
+    def __init__(self, sae, layer: int, scale: float = 1.0):
+        super().__init__(sae, layer, scale)
+        self.highest = torch.zeros(sae.cfg.d_sae)
+
+    def chunk(self, raw: torch.Tensor, x: torch.Tensor, features: torch.Tensor) -> None:
+        self.highest = torch.maximum(self.highest.to(features.device), features.amax(0))
+
+    def result(self) -> np.ndarray:
+        return self.highest.cpu().numpy()
+
+
+class Similarity:
+    """Image-text similarity by the model itself, without an SAE: the cosine between the mean residual after block
+    ``layer`` of a sample's image tokens and that of its text tokens (question and answer; no special tokens).
+
+    `watch` passes a stream on, so that it costs no pass. ``values`` [S]: nan for samples not seen, or of one modality.
+    """
+
+    def __init__(self, n_samples: int, layer: int):
+        self.layer, self.values = layer, np.full(n_samples, np.nan)
+
+    def watch(self, tokens: Iterable[TokenBatch]) -> Iterator[TokenBatch]:
+        for batch in tokens:
+            ids, row = batch.sample.unique(return_inverse=True)
+            acts = batch.acts[self.layer].double()
+            sums = acts.new_zeros(2, len(ids), acts.shape[1]).index_put_(
+                (batch.is_image.long(), row), acts, accumulate=True
+            )  # a cosine is that of the means
+            there = (sums != 0).any(2).all(0)
+            alike = torch.nn.functional.cosine_similarity(*sums, dim=1)
+            self.values[ids.numpy()] = torch.where(there, alike, torch.nan).numpy()
+            yield batch
 
 
 class AnswerLosses:
@@ -84,15 +125,22 @@ def passing(adapter, rows, layers, batch_size: int, see: AnswerLosses | None = N
 
 
 @torch.no_grad()
-def text_losses(adapter, rows, batch_size: int, question: bool, answer="chosen") -> np.ndarray:
-    """Loss on the answers, in nats a token [S], without the image: after the question alone, or after nothing."""
-    asked = rows["question"]
-    prompts = _prompts(adapter, asked, False) if question else [adapter.tokenizer.bos_token or ""] * len(asked)
-    texts, losses = _answered(adapter, prompts, rows[answer]), AnswerLosses(adapter.lengths(prompts))
+def answer_losses(adapter, rows, batch_size: int, after: After = "image and question", answer="chosen") -> np.ndarray:
+    """The model's loss on the answers, in nats a token [S]: after image and question, the question alone, or nothing.
+
+    Raises InputError for another ``after``.
+    """
+    if after not in After.__args__:
+        raise InputError(f"losses of answers after {after!r}: choose one of {', '.join(After.__args__)}")
+    asked, image = rows["question"], after == "image and question"
+    first = adapter.tokenizer.bos_token or ""
+    prompts = [first] * len(asked) if after == "nothing" else _prompts(adapter, asked, image)
+    see = AnswerLosses(starts(adapter, asked, rows["image"]) if image else adapter.lengths(prompts))
+    texts = _answered(adapter, prompts, rows[answer])
     for at in _by_length(texts, batch_size):
-        inputs = adapter.encode([texts[i] for i in at])
-        losses(torch.from_numpy(at), inputs, adapter.forward(inputs))
-    return losses.losses
+        inputs = adapter.encode([texts[i] for i in at], *([rows.select(at)["image"]] if image else []))
+        see(torch.from_numpy(at), inputs, adapter.forward(inputs))
+    return see.losses
 
 
 def told_apart(scores: pd.DataFrame, kinds: np.ndarray) -> pd.DataFrame:

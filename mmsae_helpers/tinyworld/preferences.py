@@ -13,8 +13,11 @@ KINDS = (
 WRONG = 0.6  # of the attributes of a description with wrong ones
 
 
-def preferences(count: int, seed: int, damage: float = 0.4, split: str = "train", kinds=KINDS) -> Dataset:
-    """``count`` rows: image, question, chosen (true), rejected (a false attribute or more), kind ("" where clean).
+def preferences(
+    count: int, seed: int, damage: float = 0.4, split: str = "train", kinds=KINDS, sizes=(dataset.SQUARE,)
+) -> Dataset:
+    """``count`` rows: image, question, chosen (true), rejected (a false attribute or more), kind ("" where clean);
+    pictures are of ``sizes`` (height, width) in turn.
 
     A share ``damage`` of them, in random places, is damaged, each of ``kinds`` as often as the others or once more:
     a false chosen answer, the picture of another class, the answer to another question, its first words alone, the
@@ -22,7 +25,7 @@ def preferences(count: int, seed: int, damage: float = 0.4, split: str = "train"
     description, as do all of rows to be truncated.
     """
     rng = np.random.default_rng([seed, 20])
-    scenes, images = _scenes(count, split, seed, rng)
+    scenes, images = _scenes(count, split, seed, rng, sizes)
     bad = rng.permutation(count)[: round(damage * count)]
     kind = np.full(count, "", object)
     kind[bad] = np.resize(kinds, len(bad))
@@ -111,8 +114,8 @@ def false_answer(scene: Scene, true: str, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
-def _scenes(count, split, seed, rng):
+def _scenes(count, split, seed, rng, sizes=(dataset.SQUARE,)):
     """``count`` scenes, any classes, with their pictures."""
-    drawn, pictures, _ = dataset.arrays(split, -(-count // 100), seed)
-    some = rng.permutation(len(drawn))[:count]
-    return [drawn[i] for i in some], [Image.fromarray(pictures[i]) for i in some]
+    drawn = list(dataset.iter_split(split, -(-count // 100), seed, sizes))
+    some = [drawn[i] for i in rng.permutation(len(drawn))[:count]]
+    return [scene for scene, *_ in some], [Image.fromarray(picture) for _, picture, *_ in some]
