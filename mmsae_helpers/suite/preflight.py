@@ -13,7 +13,7 @@ import shutil
 import sys
 import weakref
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace as Stand
 
@@ -40,7 +40,7 @@ PROMPT = 40  # tokens of a question and its template
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages made while it is open, those of ``known`` tensors left out: most at once, ``peak``."""
+    """Counts bytes of storages that are made while it is open, ``known`` tensors' left out: ``peak``, most at once."""
 
     def __init__(self, *known):
         super().__init__()
@@ -73,7 +73,7 @@ def counted(run, *known) -> tuple[int, int]:
     return live.peak, flops.get_total_flops()
 
 
-@lru_cache
+@cache
 def hub(name: str, kind: str) -> str | None:
     """What the hub says when asked for a repository: "" where it grants it, None where it cannot be reached."""
     import huggingface_hub
@@ -88,17 +88,18 @@ def hub(name: str, kind: str) -> str | None:
         return None
 
 
-@lru_cache
 def config_of(name: str):
     """A model's config, from its folder, the hub, the hub's cache, or `preflight.yaml`; else InputError."""
     path, known = models.resolve(name), FACTS["models"].get(name, {}).get("config")
     said = None if os.path.isdir(path) else hub(name, "model")
-    if known and said != "":
+    if said:
+        raise InputError(f"model {name}: {said}")
+    if known and said is None:
         return hf.AutoConfig.for_model(**copy.deepcopy(known))
     try:
         return hf.AutoConfig.from_pretrained(path, local_files_only=said is None)
     except Exception as error:  # as of models.load
-        why = "neither known to preflight.yaml nor reachable" if said is None else said or first_line(error)
+        why = first_line(error) if os.path.isdir(path) or said == "" else "neither in preflight.yaml nor reachable"
         raise InputError(f"model {name}: {why}; give its folder, or mend the id or the network") from None
 
 
@@ -130,7 +131,7 @@ class Model:
             return self.adapter.written(size), 1 + math.prod(select_best_resolution(size, pinpoints)) // side**2
         return (self.adapter.written(size) if self.adapter.image_token_id is not None else 0), 1
 
-    @lru_cache
+    @cache  # noqa: B019 - models live as long as the program
     def tower(self, dtype) -> tuple[int, int]:
         """Peak bytes beside the weights, and FLOPs, of one picture in the vision tower (or image tokenizer)."""
         parts = {key: m for key, m in self.model.named_modules() if key.split(".")[-1] in ("vision_tower", "encoder")}
@@ -145,11 +146,11 @@ class Model:
             pixels = torch.empty(1, 3, side, side, dtype=dtype)
             return counted(lambda: part(pixels), *part.parameters(), *part.buffers(), pixels)
 
-    @lru_cache
+    @cache  # noqa: B019 - models live as long as the program
     def decoding(self, blocks: int, batch: int, tokens: int, dtype, head=False, grad="") -> tuple[int, int]:
-        """Peak bytes beside the weights, and FLOPs, of ``batch`` x ``tokens`` through the first ``blocks`` decoder blocks
-        (and on to the logits, if ``head``): of two blocks, and so many times what a third adds. ``grad``: forward and
-        backward, to the "inputs", or to all "weights", whose gradients then count too."""
+        """Peak bytes beside the weights, and FLOPs, of ``batch`` x ``tokens`` through the first ``blocks`` decoder
+        blocks (and on to the logits, if ``head``): of two blocks, and so many times what a third adds. ``grad``:
+        forward and backward, to the "inputs", or to all "weights", whose gradients then count too."""
         (m2, f2), (m3, f3) = (self._short(n, batch, tokens, dtype, head, grad) for n in (2, 3))
         return m2 + max(blocks - 2, 0) * (m3 - m2), f2 + (blocks - 2) * (f3 - f2)
 
@@ -159,10 +160,9 @@ class Model:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]
         text = type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
+        factory = hf.AutoModelForCausalLM if text else hf.AutoModelForImageTextToText
         with torch.device("meta"):
-            short = (hf.AutoModelForCausalLM if text else hf.AutoModelForImageTextToText).from_config(
-                config, dtype=dtype
-            )
+            short = factory.from_config(config, dtype=dtype)
         short.requires_grad_(grad == "weights").train(grad == "weights")
         with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(bool(grad)):
             short.to_empty(device="cpu")
@@ -186,14 +186,11 @@ class Model:
 def _stand_ins(config):
     """A tokenizer and a processor that say as much as an adapter asks when it is made."""
     words = Stand(pad_token="<pad>", pad_token_id=0, bos_token_id=0, convert_ids_to_tokens=str)
-    vq = getattr(config, "vq_config", None)
-    if vq is None:
+    if (vq := getattr(config, "vq_config", None)) is None:
         return (words, Stand()) if config.model_type in models.FAMILIES else (words,)
-    n = (vq.resolution // 2 ** (len(vq.channel_multiplier) - 1)) ** 2
-    crop = Stand(crop_size={"height": vq.resolution, "width": vq.resolution})
-    return words, Stand(
-        image_processor=crop, image_seq_length=n, image_start_token="<", image_token="<image>", image_end_token=">"
-    )
+    side = vq.resolution // 2 ** (len(vq.channel_multiplier) - 1)
+    names = dict(image_start_token="<", image_token="<image>", image_end_token=">", image_seq_length=side**2)
+    return words, Stand(image_processor=Stand(crop_size=dict(height=vq.resolution, width=vq.resolution)), **names)
 
 
 def sae_bytes(d_in: int, d_sae: int) -> int:
@@ -202,16 +199,16 @@ def sae_bytes(d_in: int, d_sae: int) -> int:
 
 
 def training_bytes(d_in: int, d_sae: int, batch: int, n: int = 1) -> int:
-    """Peak bytes of training ``n`` SAEs side by side, one step at a time: with W the bytes of an SAE's weights, 3 W each
-    (weights and Adam's two moments), and for the one that makes a step its gradient W and the larger of what there is
-    when the backward pass begins, three times the features of the batch and four times its activations, and when the
-    decoder's gradients are added, W / 2 and the features once. float32; bfloat16 products take less."""
+    """Peak bytes of training ``n`` SAEs side by side, one step at a time: with W the bytes of an SAE's weights, 3 W
+    each (weights and Adam's two moments), and for the one that makes a step its gradient W and the larger of what there
+    is when the backward pass begins, three times the features of the batch and four times its activations, and when
+    the decoder's gradients are added, W / 2 and the features once. float32; bfloat16 products take no more."""
     w, features, acts = sae_bytes(d_in, d_sae), 4 * batch * d_sae, 4 * batch * d_in
     return 3 * n * w + w + max(3 * features + 4 * acts, w // 2 + features + 2 * acts)
 
 
 class Needs:
-    """What one notebook needs with parameters ``v``, on a GPU of `preflight.yaml`: its recipe, below, calls the methods.
+    """What a notebook needs with parameters ``v``, on a GPU of `preflight.yaml`: its recipe, below, calls the methods.
 
     ``phases``: what is on the GPU at a time, {what: (bytes, parameter that it hangs on)}; ``flops`` {(what, kind of
     product): FLOPs}; ``seconds`` {what: s} of what no FLOPs decide; ``disk`` {(what, of what): bytes}; ``licences`` to
@@ -235,17 +232,14 @@ class Needs:
             try:
                 RECIPES[name[:2]](self, v)
             except KeyError as error:
-                raise InputError(
-                    f"{name} has no parameter {error}, by which preflight counts: mend its recipe"
-                ) from None
-        for phase in self.phases:
-            (need, free), (most, param) = (
-                (self.bytes_of(phase), self.gpu["memory"] - FACTS["context"]),
-                max(phase.values()),
-            )
-            if need > free * GIB:
-                what = f"{need / GIB:.0f} GiB of GPU memory, of {free:.0f}, {most / GIB:.0f} of them by {param}"
-                self.problems.append(f"needs {what}: lower that, or take a larger GPU")
+                raise InputError(f"{name} has no parameter {error} any more: mend its recipe in preflight.py") from None
+            most, free = max(self.phases, key=self.at_once), self.gpu["memory"] - FACTS["context"]
+            if (need := self.at_once(most) / GIB) > free:
+                parts = [
+                    f"{n / GIB:.0f} hang on {param}" for n, param in sorted(most.values())[::-1] if n > 0.2 * GIB * free
+                ]
+                what = f"needs {need:.0f} GiB of GPU memory, of {free:.0f}: {', '.join(parts)}"
+                self.problems.append(f"{what}; lower those, or take a larger GPU")
         self.problems = list(dict.fromkeys(self.problems))
 
     def _named(self, name, kind):
@@ -262,7 +256,7 @@ class Needs:
                 raise InputError(f"data set {name}: {said or 'neither known to preflight.yaml nor reachable'}")
 
     @staticmethod
-    def bytes_of(phase) -> int:
+    def at_once(phase) -> int:
         """Weights, the largest pass, and SAEs: in training, or loaded and made."""
         part = {what: n for what, (n, _) in phase.items()}
         return part["weights"] + part["passes"] + max(part["SAEs"], part["training"])
@@ -310,7 +304,7 @@ class Needs:
             self.seconds["links"] += count / share * facts["images"] * link["seconds"] / link["threads"]
 
     def run(self, model, n, sample, batch, param="batch_size", block=None, grad=""):
-        """``n`` samples of (tokens, tower passes) through the blocks up to ``block``, or to the logits if that is None."""
+        """``n`` samples of (tokens, tower passes) through the blocks up to ``block``, or else to the logits."""
         m, (tokens, views) = self.models[model], sample[:2]
         try:
             blocks = m.adapter.n_layers if block is None else m.adapter.check_layer(block) + 1
@@ -332,10 +326,11 @@ class Needs:
         n_bytes, speed = self.models[model].n_weights * self.dtype.itemsize, self.gpu["bandwidth"] * 1e12
         self.seconds["answers"] += math.ceil(n / batch) * new * n_bytes / speed / FACTS["bandwidth_used"]
 
-    def train(self, name, model, n, d_sae, batch, steps, autocast, together=0, layers=1):
-        """``n`` SAEs: 12 d_in d_sae FLOPs a token, `training_bytes`, and `saes.CHUNK` batches of tokens."""
+    def train(self, name, model, n, d_sae, batch, steps, autocast, together=0, layers=1, beside=0):
+        """``n`` SAEs, with ``beside`` more in one `saes.trained`: 12 d_in d_sae FLOPs a token and SAE; on the GPU
+        `training_bytes`, and `saes.CHUNK` batches of tokens."""
         d, kind = self.models[model].adapter.d_model, "bfloat16" if autocast else self.precise
-        held = training_bytes(d, d_sae, batch, min(n, together or n)) + 4 * saes.CHUNK * batch * d * layers
+        held = training_bytes(d, d_sae, batch, min(n + beside, together or n)) + 4 * saes.CHUNK * batch * d * layers
         self._most("training", held, "SAEs in training: together, seeds, their width or sae_batch_size")
         self.flops["SAE training", kind] += 12.0 * n * d * d_sae * batch * steps
         self.disk["SAEs", name] += n * sae_bytes(d, d_sae)
@@ -360,9 +355,7 @@ class Needs:
                 self.problems.append(f"{source} has no SAE {one}, but {', '.join(release.saes_map)}: mend layers")
         for key, ours in {"d_in": d, "d_sae": d_sae}.items():
             if ours != (theirs := FACTS["saes"].get(source, {}).get(key, ours)):
-                self.problems.append(
-                    f"SAEs of {source} have {key} {theirs}, but here it is {ours}: mend d_sae or the model"
-                )
+                self.problems.append(f"SAEs of {source} have {key} {theirs}, not {ours}: mend d_sae or the model")
         self.disk["SAEs", source] = len(layers) * sae_bytes(d, d_sae)
 
     def hours(self) -> dict[str, float]:
@@ -374,28 +367,29 @@ class Needs:
 
     def told(self) -> list[str]:
         """Lines about it, in GiB, FLOPs and hours."""
-        lines = [f"{x.name} {x.n_weights / 1e9:.3g} B" for x in self.models.values()]
-        lines = [f"models  {', '.join(lines)}"] if lines else []
-        if self.phases:
-            most = max(self.phases, key=self.bytes_of)
-            parts = {"weights": 0, "passes": 0, "SAEs": 0, "training": 0} | {k: n / GIB for k, (n, _) in most.items()}
-            said = ", ".join(f"{what} {n:.1f}" for what, n in parts.items())
-            lines.append(f"GPU     {said}; at once {self.bytes_of(most) / GIB:.1f} of {self.gpu['memory']} GiB")
-            kinds = [f"{what} {n:.1e} ({kind})" for (what, kind), n in self.flops.items()]
-            lines.append(f"FLOPs   {', '.join(kinds)}")
-            hours = self.hours()
-            said = ", ".join(f"{what} {h:.1f}" for what, h in hours.items())
-            lines.append(f"hours   {said}; together {sum(hours.values()):.1f}")
         disk = Counter()
-        for (what, _), n in self.disk.items():
-            disk[what] += n / GIB
-        said = ", ".join(f"{what} {n:.1f}" for what, n in disk.items())
-        lines += [f"disk    {said}; together {disk.total():.0f} GiB"] if disk else []
+        for (what, _), n_bytes in self.disk.items():
+            disk[what] += n_bytes / GIB
+        most = max(self.phases, key=self.at_once, default={})
+        rows = {
+            "models": {x.name: f"{x.n_weights / 1e9:.3g} B" for x in self.models.values()},
+            "GPU": {what: f"{n_bytes / GIB:.1f}" for what, (n_bytes, _) in most.items()},
+            "FLOPs": {f"{what} in {kind}": f"{n:.1e}" for (what, kind), n in self.flops.items()},
+            "hours": {what: f"{h:.1f}" for what, h in self.hours().items()},
+            "disk": {what: f"{n:.1f}" for what, n in disk.items()},
+        }
+        total = {"disk": f"; together {disk.total():.0f} GiB", "hours": f"; together {sum(self.hours().values()):.1f}"}
+        total["GPU"] = f"; at once {self.at_once(most) / GIB:.1f} of {self.gpu['memory']} GiB" if most else ""
+        lines = [
+            f"{row:8}{', '.join(map(' '.join, cells.items()))}{total.get(row, '')}"
+            for row, cells in rows.items()
+            if cells
+        ]
         lines += [f"licence {name}" for name in sorted(self.licences)]
         return lines + [f"FAILS   {problem}" for problem in self.problems]
 
 
-_model = lru_cache(Model)
+_model = cache(Model)
 
 
 def _names(value) -> list[str]:
@@ -459,7 +453,7 @@ def _03(n, v):
     learn, seen = (n.images(v["dataset"], v[f"{k}images_per_class"]) for k in ("train_", ""))
     width, most = (
         v["expansion"] * n.models[model].adapter.d_model,
-        dict(together=v["together"], layers=len(v["layers"])),
+        {"together": v["together"], "layers": len(v["layers"])},
     )
     swept = (len({*v["layers"]}) + len({*v["l1_coefficients"]} - {v["l1_coefficient"]})) * seeds
     printed, alone = len(v["printed_lambdas"]) * seeds, (len(v["last_step_l1_coefficients"]) + 1) * seeds
@@ -482,25 +476,19 @@ def _04(n, v):
     n.fetch(v["dataset"], v["train_interleaved"] + v["test_interleaved"])
     twins = []
 
-    def learn(model, kind, sample, at, width, number, steps=steps, share=1.0):
+    def learn(model, kind, sample, at, width, number, steps=steps, share=1.0, beside=0):
         docs = v["train_texts" if kind == "text" else "train_interleaved"]
         if not v["cache"]:
             docs = math.ceil(number / side) * (steps + v["norm_batches"]) * B / sample[0] / share
         n.shards("04", model, v["cache"] * docs * sample[0], 1)
         n.run(model, docs, sample, *size[kind], at)
-        n.train("04", model, number, width, B, steps, v["sae_autocast"], side)
+        n.train("04", model, number, width, B, steps, v["sae_autocast"], side, beside=beside)
 
     def measure(model, kind, sample, at, width, number, times=1):
-        n.run(
-            model,
-            times
-            * (1 if v["cache"] else math.ceil(number / side))
-            * v["test_texts" if kind == "text" else "test_interleaved"],
-            sample,
-            *size[kind],
-            at,
-        )
-        n.encode(model, number, width, v["test_texts" if kind == "text" else "test_interleaved"] * sample[0])
+        docs = v["test_texts" if kind == "text" else "test_interleaved"]
+        again = 1 if v["cache"] else times * math.ceil(number / side)
+        n.run(model, again * docs, sample, *size[kind], at)
+        n.encode(model, number, width, docs * sample[0])
 
     lists = (v[key] for key in ("multimodal", "language_models", "layers", "expansions", "contexts"))
     for i, (model, base, at, expansion, cut) in enumerate(zip(*lists, strict=True)):
@@ -513,7 +501,7 @@ def _04(n, v):
         if i == 0:
             learn(model, "mixed", sample["mixed"], at, width, seeds, share=sample["mixed"][2])  # image tokens alone
             for wide, length in {(w, s) for w in (1, 2) for s in (*v["length_steps"], steps)} - {(1, steps)}:
-                learn(model, "mixed", sample["mixed"], at, wide * width, seeds, length)
+                learn(model, "mixed", sample["mixed"], at, wide * width, seeds, length, beside=seeds)
             measure(model, "mixed", sample["mixed"], at, width, 4 * len(v["length_steps"]) * seeds)
         meets = [(2 + (i == 0) + 2 * bool(base)) * seeds] + [2 * seeds] * (config not in twins)
         for number in meets:
@@ -552,11 +540,9 @@ def _05(n, v):
     n.phase([model], held)
     n.images(v["dataset"], v["images_per_class"])
     sample = n.asked(v["dataset"], model, 3 * PROMPT)  # ten options
-    # masks: of four scores and one lot a seed, of three scores without an SAE, and of controls at the last share
-    masks = (
-        5 * shares * seeds + 3 * shares + 4 * seeds * (1 + len(v["weight_readings"])) + 8 * len(v["more_shares"]) + 8
-    )
-    n.run(model, v["n_images"] * (masks + 2), sample, images, "batch_sizes[0]")
+    # of four scores and one lot a seed, of three scores without an SAE, of controls at the last share; of the curve
+    masks = 5 * shares * seeds + 3 * shares + 4 * seeds * (1 + len(v["weight_readings"])) + 8 * len(v["more_shares"])
+    n.run(model, v["n_images"] * (masks + 10), sample, images, "batch_sizes[0]")
     n.run(model, v["n_images"], sample, with_gradients, "batch_sizes[1]", grad="inputs")
 
 
@@ -575,11 +561,8 @@ def _06(n, v):
         n.run(model, 2 * v["n_rows"] * seeds, sample[model], v["batch_size"])
         n.run(model, 2 * v["n_rows"] * seeds, (rows["tokens"] + PROMPT, 0), v["batch_size"])
     for model, how, _, rankings, shares in v["arms"]:
-        number, share, pair = (
-            len(shares) * (len(rankings) + 1) + 1,
-            sum(shares) * (len(rankings) + 1) + 1,
-            1 + (how == "dpo"),
-        )
+        pair, lists = 1 + (how == "dpo"), len(rankings) + 1
+        number, share = len(shares) * lists + 1, sum(shares) * lists + 1
         own = n.models[model].n_weights * n.dtype.itemsize
         n.phase(every, held, copies + 2 * own + (how == "dpo") * own)  # Adam's moments, DPO's reference
         tuned, batch = pair * v["n_rows"] * tune["epochs"] * seeds * share, pair * tune["batch_size"]
@@ -615,24 +598,22 @@ def no_room(needs) -> list[str]:
     """A line for each file system with less free space than the notebooks together want on it."""
     from huggingface_hub.constants import HF_HOME
 
-    both, wanted = Counter(), {}
+    most, wanted = Counter(), {}
     for one in needs:
-        both |= one.disk  # the larger of what several notebooks name
-    for (what, _), n_bytes in both.items():
-        of_hub = what in ("models", "pictures")
-        place = Path(HF_HOME if of_hub else os.environ.get("MMSAE_ARTIFACTS") or parameters.repo_root() / "artifacts")
-        there = next(p for p in (place, *place.absolute().parents) if p.exists())
-        name = "HF_HOME" if of_hub else "MMSAE_ARTIFACTS"
-        wanted.setdefault(there.stat().st_dev, [there, set(), 0])[1].add(name)
-        wanted[there.stat().st_dev][2] += n_bytes
-    out = []
-    for there, names, n_bytes in wanted.values():
-        if n_bytes > (free := shutil.disk_usage(there).free):
-            room = (
-                f"the notebooks write {n_bytes / GIB:.0f} GiB to the file system of {there}, {free / GIB:.0f} are free"
-            )
-            out.append(f"{room}: set {' and '.join(sorted(names))} to another, or lower numbers of documents or cache")
-    return out
+        most |= one.disk  # what several notebooks name is there once
+    artifacts = os.environ.get("MMSAE_ARTIFACTS") or parameters.repo_root() / "artifacts"
+    for (what, _), n_bytes in most.items():
+        name, place = ("HF_HOME", HF_HOME) if what in ("models", "pictures") else ("MMSAE_ARTIFACTS", artifacts)
+        there = next(p for p in (Path(place).absolute(), *Path(place).absolute().parents) if p.exists())
+        of = wanted.setdefault(there.stat().st_dev, Stand(there=there, names=set(), needs=0))
+        of.needs, of.names = of.needs + n_bytes / GIB, of.names | {name}
+    (what, of), n_bytes = most.most_common(1)[0] if most else (("", ""), 0)
+    do = f"most, {n_bytes / GIB:.0f}, {what} of {of}; take fewer documents or images, or set"
+    return [
+        f"{one.needs:.0f} GiB go to the disk of {one.there}, where {free:.0f} are free: {do} {' and '.join(one.names)}"
+        for one in wanted.values()
+        if one.needs > (free := shutil.disk_usage(one.there).free / GIB)
+    ]
 
 
 def main(argv=None) -> int:
@@ -640,9 +621,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser("python -m mmsae_helpers.suite.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="paper", help="folder of params/ (default: paper)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(FACTS['gpus'])} (default: h100)")
-    parser.add_argument(
-        "--tflops", type=float, help="TFLOP/s in bfloat16 that you measured; the other kinds in proportion"
-    )
+    parser.add_argument("--tflops", type=float, help="TFLOP/s measured in bfloat16; other kinds in proportion")
     parser.add_argument("only", nargs="*", help="first letters of notebook names, as in 03 or 01,02")
     asked = parser.parse_args(argv)
     hf.utils.logging.set_verbosity_error()
@@ -663,10 +642,7 @@ def main(argv=None) -> int:
         return 2
     for line in failing:
         print(f"FAILS {line}")
-    hours, wrong = (
-        sum(sum(one.hours().values()) for one in needs.values()),
-        [k for k, one in needs.items() if one.problems],
-    )
+    hours, wrong = sum(sum(one.hours().values()) for one in needs.values()), [k for k in needs if needs[k].problems]
     print(f"{len(needs)} notebooks, {hours:.0f} hours on {gpu}; would fail: {', '.join(wrong) or 'none'}")
     return 1 if wrong or failing else 0
 
