@@ -210,10 +210,14 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
 
 
 def documents(name: str, count: int, seed: int = 0) -> list[str]:
-    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file in UTF-8 (one a line), a ``.parquet`` file or a hub
-    id with a ``text`` column. Raises InputError where there are fewer or none."""
+    """``count`` text-only documents: ``tinyworld``, ``real/glosses`` (`tinyworld.real.obtain`), a ``.txt`` file in
+    UTF-8 (one a line), a ``.parquet`` file or a hub id with a ``text`` column. InputError where there are fewer."""
     if name == "tinyworld":
         return [document.text for document in language.documents(count, seed)]
+    if name.startswith("real/"):
+        from mmsae_helpers.tinyworld import real
+
+        name = str(real.obtain(name))
     path = Path(name).expanduser()
     if path.suffix == ".txt":
         try:

@@ -63,7 +63,10 @@ def test_parameters(path):
     assert set(papermill.inspect_notebook(path)) == set(known), "papermill must see every parameter"
     assert known["profile"] == "tiny"
     for profile in parameters.profiles(ROOT):
-        values = parameters.load(ROOT / "params" / profile / f"{path.stem}.yaml", path)
+        file = ROOT / "params" / profile / f"{path.stem}.yaml"
+        if profile == "real" and not file.exists():
+            continue  # the embedded world's other notebooks have no counterpart there
+        values = parameters.load(file, path)
         assert values["profile"] == profile
         if profile == "tiny":
             assert values.items() <= known.items(), "the defaults are the tiny profile"
