@@ -45,6 +45,23 @@ _TEXT = {"text": Value("string")}
 _TABLES = re.compile(r"\.(parquet|arrow|csv|jsonl?)(\.(zst|gz|bz2|xz))?$")  # of a hub repository, as in its folder
 
 
+class World(NamedTuple):
+    """A draw of the embedded world: the sizes of its pictures, and what is added to every seed."""
+
+    sizes: tuple
+    seed: int
+
+
+def _world(name: str) -> World | None:
+    """``tinyworld`` and ``tinyworld-aspects`` themselves, or with ``:N`` their draw N, which shares no scene."""
+    kind, _, draw = name.partition(":")
+    if kind not in WORLDS:
+        return None
+    if draw and not draw.isdigit():
+        raise InputError(f"{name}: a draw of the embedded world is a number, as in {kind}:1")
+    return World(WORLDS[kind], 1000 * int(draw or 0))
+
+
 class ImageData(NamedTuple):
     """Images with labels, and what became of those that could not be read."""
 
@@ -191,10 +208,10 @@ def _need(name: str, available: Iterable[str], *columns: str) -> None:
 def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", on_bad_label="stop") -> ImageData:
     """Load labelled images.
 
-    ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall), a folder with one subfolder of
-    images a class (or with splits between), a ``.parquet`` or ``.arrow`` file, a hub id, or a folder with a copy of its
-    repository (tables). A file, or a folder without
-    splits, is read whole if ``split`` is None; otherwise, of each ten rows in a row eight are ``train``, one is
+    ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall; ``:1`` after either is another
+    draw, of scenes that no model was trained on), a folder with one subfolder of images a class (or with splits
+    between), a ``.parquet`` or ``.arrow`` file, a hub id, or a folder with a copy of its repository (tables). A file,
+    or a folder without splits, is read whole if ``split`` is None; otherwise, of each ten rows in a row eight are ``train``, one is
     ``validation`` and one ``test``, by a fixed draw. Elsewhere None is ``test``. ``per_class`` keeps that many images
     of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they are there.
     With "skip", images that cannot be decoded are left out and listed in ``skipped``, and labels that are None, NaN,
@@ -203,10 +220,10 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
     for key, value in (("on_bad_image", on_bad_image), ("on_bad_label", on_bad_label)):
         if value not in ("stop", "skip"):
             raise InputError(f"{key} is {value!r}: it must be stop or skip")
-    if name in WORLDS:
+    if drawn := _world(name):
         split = _named(split or "test", world.SPLITS, "the embedded world")
         count = per_class or world.SPLITS[split]
-        dataset = world.make_dataset(split, count, seed, WORLDS[name])
+        dataset = world.make_dataset(split, count, seed + drawn.seed, drawn.sizes)
         return ImageData(dataset, [], f"{name}/{split}/{count}/{seed}/1")
     rows, part = _open(name, split, streaming=per_class is not None)
     undivided = part
@@ -231,10 +248,15 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
 
 
 def documents(name: str, count: int, seed: int = 0) -> Documents:
-    """``count`` text-only documents: ``tinyworld``, a ``.txt`` file in UTF-8 (one a line), a ``.parquet`` file, a hub
-    id or a copy of its repository with a ``text`` column. Raises InputError where there are fewer or none."""
-    if name == "tinyworld":
-        return Documents([document.text for document in language.documents(count, seed)])
+    """``count`` text-only documents: ``tinyworld`` (or a draw of it, as in `load`), ``real/glosses``
+    (`tinyworld.real.obtain`), a ``.txt`` file in UTF-8 (one a line), a ``.parquet`` file, a hub id or a copy of its
+    repository with a ``text`` column. Raises InputError where there are fewer or none."""
+    if drawn := _world(name):
+        return Documents([document.text for document in language.documents(count, seed + drawn.seed)])
+    if name.startswith("real/"):
+        from mmsae_helpers.tinyworld import real
+
+        name = str(real.obtain(name))
     path = Path(name).expanduser()
     if path.suffix == ".txt":
         try:
@@ -261,9 +283,9 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
     ``.gone`` file for each URL without one, so that another run has the same documents whatever became of the links;
     delete these to ask again. Raises InputError where there are fewer than ``count``.
     """
-    if name in WORLDS:
+    if drawn := _world(name):
         split = _named(split or "train", world.SPLITS, "the embedded world")
-        return Documents([Interleaved(*d) for d in world.interleaved(count, seed, split, WORLDS[name])])
+        return Documents([Interleaved(*d) for d in world.interleaved(count, seed + drawn.seed, split, drawn.sizes)])
     rows = _open(name, split, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
     _need(name, rows.column_names or ["images", "texts"], "images", "texts")
     skipped, numbered = [], enumerate(rows.decode(False))
@@ -307,11 +329,12 @@ def preferences(
     ``split`` is ``train`` if None; a file is read whole then and else divided as in `load`. Raises InputError for a
     missing column or one without text or images, for fewer rows than ``count``, and where nothing is left.
     """
-    if name in WORLDS:
+    if drawn := _world(name):
         if count is None or not 0 <= damage <= 1:
             raise InputError(f"no preference rows of count {count}, damage {damage}: a number of them, damage 0 to 1")
         split = _named(split or "train", world.SPLITS, "the embedded world")
-        rows, order = world_preferences.preferences(count, seed, damage, split, sizes=WORLDS[name]), range(count)
+        rows = world_preferences.preferences(count, seed + drawn.seed, damage, split, sizes=drawn.sizes)
+        order = range(count)
     else:
         rows, part = _open(name, split, otherwise="train")
         order = np.random.default_rng([seed, 22]).permutation(len(rows))
@@ -338,13 +361,13 @@ def preferences(
     for i in order:
         if count is not None and len(good) == count:
             break
-        why = _unfit(stored[int(i)], asked=name not in WORLDS)
+        why = _unfit(stored[int(i)], asked=not _world(name))
         left_out.update([why] if why else [])
         good += [] if why else [int(i)]
     if not good or count is not None and len(good) < count:
         few = f"{name} has {len(good)} rows fit to tune on" + (f" but {count} are needed" if count else "")
         raise InputError(f"{few} (left out: {dict(left_out)}): lower their number, or mend them")
-    kinds = np.array(rows["kind"])[good] if name in WORLDS else None  # a user's column of that name is another thing
+    kinds = np.array(rows["kind"])[good] if _world(name) else None  # a user's column of that name is another thing
     kept = rows.select(good).select_columns(list(PREFERENCE)).cast_column("image", Upright())
     return Preferences(kept, dict(left_out), kinds, f"{name}/{count}/{seed}/{split}/{damage}/{rows._fingerprint}")
 
@@ -352,8 +375,9 @@ def preferences(
 def benchmark(name: str, count: int, seed: int = 0, split: str | None = None) -> Dataset:
     """``count`` questions about images with a reference answer: image, question, category, reference. ``tinyworld``
     (with the scenes' attributes), or a ``.parquet`` file or hub id laid out as LLaVA-Bench (gpt_answer, caption)."""
-    if name in WORLDS:
-        return world_preferences.benchmark(count, seed, _named(split or "test", world.SPLITS, "the embedded world"))
+    if drawn := _world(name):
+        split = _named(split or "test", world.SPLITS, "the embedded world")
+        return world_preferences.benchmark(count, seed + drawn.seed, split)
     rows, part = _open(name, split, otherwise="train")
     rows = rows.select(_within(len(rows), part)) if part else rows
     if "gpt_answer" in rows.column_names:

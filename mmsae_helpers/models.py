@@ -18,7 +18,7 @@ from torch import Tensor
 from mmsae_helpers.errors import InputError, first_line
 
 CHECKPOINTS = Path(__file__).parent / "tinyworld" / "checkpoints"
-EMBEDDED = "tinyworld/"
+EMBEDDED, REAL = "tinyworld/", "real/"
 # Tensors that no result hangs on: poolers, buffers of old checkpoints, and what paints Anole's codes.
 UNUSED = re.compile(r"pooler|(attn|attention)\.(masked_)?bias|inv_freq|position_ids|vqmodel\.(decoder|post_quant)")
 
@@ -378,9 +378,11 @@ FAMILIES["vision-encoder-decoder"] = CaptionerAdapter
 
 def load(name: str, device: str = "auto", dtype: str = "float32", trust_remote_code: bool = False) -> Adapter:
     """Load a checkpoint (safetensors) with its tokenizer or processor: ``tinyworld/<model>``, shipped with the package,
-    a local folder, or a hub id. Raises InputError when there is no such model, device or dtype, a file is damaged, or
-    its tensors are not those of the config."""
+    ``real/<model>`` (`tinyworld.real.obtain`), a local folder, or a hub id. Raises InputError when there is no such
+    model, device or dtype, a file is damaged, or its tensors are not those of the config."""
     import transformers as hf
+
+    from mmsae_helpers.tinyworld import pooled  # noqa: F401  transformers learns of its tower
 
     path, processor = resolve(name), None
     options = {"trust_remote_code": trust_remote_code}
@@ -417,6 +419,10 @@ def classify(name: str, batches: Iterable[Sequence[Image.Image]], device: str = 
 
 def resolve(name: str) -> str:
     """The folder or hub id that ``name`` stands for; raises InputError for a folder that is not there."""
+    if name.startswith(REAL):
+        from mmsae_helpers.tinyworld import real
+
+        return str(real.obtain(name))
     if name.startswith(EMBEDDED):
         folder = CHECKPOINTS / name.removeprefix(EMBEDDED)
         if not (folder / "config.json").is_file():

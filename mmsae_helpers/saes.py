@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice, tee
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch

@@ -34,7 +34,9 @@ def test_loss_recovered():
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
     identity = lambda x: x  # noqa: E731
-    found = interventions.loss_recovered(adapter, {"same": identity, "zero": torch.zeros_like}, 1, [(torch.arange(4), inputs)])
+    found = interventions.loss_recovered(
+        adapter, {"same": identity, "zero": torch.zeros_like}, 1, [(torch.arange(4), inputs)]
+    )
     assert found["same"].recovered == 1 and found["zero"].recovered == 0
     assert found["same"].n_tokens == 4 * 9 - 4
     labels = ids.masked_fill((ids == 0) | (ids == 7), -100)

@@ -64,8 +64,8 @@ def test_parameters(path):
     assert known["profile"] == "tiny"
     for profile in parameters.profiles(ROOT):
         file = ROOT / "params" / profile / f"{path.stem}.yaml"
-        if profile == "tiny_full" and not file.is_file():
-            continue  # it has the notebooks alone of which tiny leaves something out
+        if profile in ("tiny_full", "real") and not file.is_file():
+            continue  # tiny_full has the notebooks of which tiny leaves something out, real those with a counterpart
         values = parameters.load(file, path)
         assert values["profile"] == profile
         if profile == "tiny":

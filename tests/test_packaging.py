@@ -11,7 +11,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WANTED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
-WANTED += [Requirement(text) for text in PROJECT["project"]["optional-dependencies"]["dev"]]
+WANTED += [Requirement(text) for extra in PROJECT["project"]["optional-dependencies"].values() for text in extra]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split("\n") if line and line[0] != "#")
 
 
@@ -43,7 +43,15 @@ def test_environment_yml_installs_the_package_with_the_pins():
     assert last["pip"] == ["-c constraints.txt", "-e .[dev]"], "versions stand in constraints.txt alone"
     (python,) = [d.split("=")[1] for d in conda if d.startswith("python")]
     assert Requirement(f"python{PROJECT['project']['requires-python']}").specifier.contains(python)
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"dev"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == {"dev", "real"}
+
+
+def test_what_real_asks_to_install_is_its_extra():
+    from mmsae_helpers.tinyworld import real
+
+    asked = {Requirement(word).name: Requirement(word).specifier for word in real.INSTALL.split()[3:]}
+    assert set(asked) == {Requirement(text).name for text in PROJECT["project"]["optional-dependencies"]["real"]}
+    assert all(specifier.contains(PINS[name]) for name, specifier in asked.items())
 
 
 def test_makefile_and_ci_use_the_same_files():

@@ -364,3 +364,18 @@ def test_plain_papermill_refuses_a_misspelt_parameter(tmp_path, monkeypatch):
                 results.Run("01_a", namespace)
         else:
             assert results.Run("01_a", namespace).parameters["rates"] == [0.5] * 60
+
+
+def test_a_notebook_without_parameters_takes_no_part_in_a_profile(chain):
+    shutil.copytree(chain / "params/tiny", chain / "params/real")
+    for path in (chain / "params/real").iterdir():
+        path.write_text("profile: real\n")
+    (chain / "params/real/00_alone.yaml").unlink()
+    failed, said = go(chain, profile="real")
+    assert not failed and ran(said) == ["01_first", "02_second", "08_all"]
+    assert "not in params/real: 00_alone.ipynb" in said
+    assert "00_alone" not in (chain / "reports/real/index.html").read_text()
+    with pytest.raises(
+        InputError, match="no parameter file in params/real for '00'; there are 01_first, 02_second, 08_all"
+    ):
+        go(chain, profile="real", only="00")

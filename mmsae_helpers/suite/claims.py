@@ -164,7 +164,9 @@ def story(about, said: dict | None, notebook: str = "") -> None:
         show(said)
     display(Markdown(f"Can this world tell? *{about.decides}*: {about.because}."))
     if about.history:
-        former = pd.DataFrame(about.history).reindex(columns=["date", "definition", "verdict", "effect", "gone"])
+        former = pd.DataFrame(about.history).reindex(
+            columns=["date", "definition", "verdict", "beyond", "effect", "gone"]
+        )
         display(former.fillna("").style.hide(axis="index").set_caption("Former definitions").format(escape="html"))
 
 

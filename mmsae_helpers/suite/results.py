@@ -140,7 +140,8 @@ def ledger(profile):
 
 
 def ledger_table(entries):
-    """A `ledger` as a data frame of text: both verdicts, effect with its unit, what varied, what can be told here."""
+    """A `ledger` as a data frame of text: both verdicts, effect with its unit, what varied, what can be told here, and
+    the verdicts that the definition before this one gave (``explored``)."""
     import pandas as pd
 
     rows = []
@@ -150,6 +151,8 @@ def ledger_table(entries):
         row = {"claim": f"{about.id} {about.says}", "as stated": stated["verdict"] if stated else "not run"}
         row["beyond control"] = beyond["verdict"] if beyond else "no control" if stated else ""
         row |= {"effect": effect, "varied": stated["varied"] if stated else "", "this world can tell": about.decides}
+        former = about.history[-1] if about.history else {}
+        row["explored"] = " / ".join(former[way] for way in ("verdict", "beyond") if way in former)
         rows.append(row | {"notebook": name})
     return pd.DataFrame(rows)
 

@@ -125,7 +125,8 @@ def run(root=None, profile="tiny", only="", single=False, ledger=False, artifact
     """Run what is out of date, render what changed, write the index page; returns how many notebooks did not complete.
 
     ``only``: first letters of notebook names ("03", "01,02"); what they need runs too if it is out of date. ``single``
-    also writes each report as one self-contained file. ``ledger`` runs nothing: it copies ``ledger.md`` of the last
+    also writes each report as one self-contained file. A notebook that the profile has no parameter file for takes no
+    part. ``ledger`` runs nothing: it copies ``ledger.md`` of the last
     notebook to reports/<profile>_ledger.md, which is committed; `InputError` where anything is out of date.
     ``artifacts`` and ``reports`` are MMSAE_ARTIFACTS and MMSAE_REPORTS, else in ``root``. A notebook is out of date
     when its cells, parameters, the results it needs, the package or the pins are not those of its last good run, whose
@@ -139,13 +140,17 @@ def run(root=None, profile="tiny", only="", single=False, ledger=False, artifact
     given = {"artifacts": artifacts, "reports": reports}
     folders = [Path(path or os.environ.get(f"MMSAE_{k.upper()}") or root / k).resolve() for k, path in given.items()]
     plan = Plan(root, profile, *folders)
+    needs = {name: need for name, need in needs.items() if plan.params(name).is_file()}
+    if not (chosen := [name for name in chosen if name in needs]):
+        raise InputError(f"no parameter file in params/{profile} for '{only}'; there are {', '.join(needs) or 'none'}")
     with _lock(plan):
         return _run(plan, needs, chosen, single, ledger, out)
 
 
 def _run(plan, needs, chosen, single, ledger, out):
     if strays := sorted(p.name for p in (plan.root / "notebooks").glob("*.ipynb") if p.stem not in needs):
-        print(f"passed over, not named as in 01_name: {', '.join(strays)}", file=out, flush=True)
+        why = f"not named as in 01_name, or not in params/{plan.profile}"
+        print(f"passed over, {why}: {', '.join(strays)}", file=out, flush=True)
     package = digest(p for p in sorted(PACKAGE.rglob("*")) if not PRESENTATION & set(p.relative_to(PACKAGE).parts))
     begun, ran, bad = time.time(), 0, {}
     for k, name in enumerate(chosen, 1):
