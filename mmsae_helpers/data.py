@@ -208,14 +208,15 @@ def _need(name: str, available: Iterable[str], *columns: str) -> None:
 def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", on_bad_label="stop") -> ImageData:
     """Load labelled images.
 
-    ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall; ``:1`` after either is another
-    draw, of scenes that no model was trained on), a folder with one subfolder of images a class (or with splits
-    between), a ``.parquet`` or ``.arrow`` file, a hub id, or a folder with a copy of its repository (tables). A file,
-    or a folder without splits, is read whole if ``split`` is None; otherwise, of each ten rows in a row eight are ``train``, one is
-    ``validation`` and one ``test``, by a fixed draw. Elsewhere None is ``test``. ``per_class`` keeps that many images
-    of each class, drawn with ``seed``; a hub data set that names its classes is then read only until they are there.
-    With "skip", images that cannot be decoded are left out and listed in ``skipped``, and labels that are None, NaN,
-    empty or negative counted in ``unlabelled``. Raises InputError for what is missing, and where nothing is left.
+    ``name`` is ``tinyworld``, ``tinyworld-aspects`` (half of its pictures wide or tall; ``:1`` after either is
+    another draw, of scenes that no model was trained on), a folder with one subfolder of images a class (or with
+    splits between), a ``.parquet`` or ``.arrow`` file, a hub id, or a folder with a copy of its repository
+    (tables). A file, or a folder without splits, is read whole if ``split`` is None; otherwise, of each ten rows in
+    a row eight are ``train``, one is ``validation`` and one ``test``, by a fixed draw. Elsewhere None is ``test``.
+    ``per_class`` keeps that many images of each class, drawn with ``seed``; a hub data set that names its classes
+    is then read only until they are there. With "skip", images that cannot be decoded are left out and listed in
+    ``skipped``, and labels that are None, NaN, empty or negative counted in ``unlabelled``. Raises InputError for
+    what is missing, and where nothing is left.
     """
     for key, value in (("on_bad_image", on_bad_image), ("on_bad_label", on_bad_label)):
         if value not in ("stop", "skip"):
