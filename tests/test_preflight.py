@@ -198,6 +198,11 @@ def test_a_parameter_that_the_notebook_lacks_is_refused():
         preflight.estimate(ROOT, "paper", "01_llava_transfer_signal", layer=[3])
 
 
+def test_a_dtype_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match="no dtype 'float12'"):
+        preflight.estimate(ROOT, "paper", "01_llava_transfer_signal", dtype="float12")
+
+
 def test_measured_throughput_scales_all_hours_of_products(cheap):
     name = "07_standard_question_set"
     slow, fast = (preflight.estimate(ROOT, "paper", name, tflops=x).hours()["passes"] for x in (100, 400))

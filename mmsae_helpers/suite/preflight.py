@@ -225,7 +225,9 @@ class Needs:
         self.v, self.gpu, self.problems, self.licences, self.models = v, FACTS["gpus"][gpu], [], set(), {}
         self.flops, self.seconds, self.disk, self.phases = Counter(), Counter(), Counter(), []
         self.faster = tflops / (self.gpu["bfloat16"] * FACTS["utilisation"]["bfloat16"]) if tflops else 1
-        self.dtype = getattr(torch, v.get("dtype", "float32"))
+        self.dtype = getattr(torch, v.get("dtype", "float32"), None)
+        if not isinstance(self.dtype, torch.dtype):
+            raise InputError(f"{name}: no dtype {v['dtype']!r}; choose bfloat16 or float32")
         self.precise = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         self.kind = "bfloat16" if self.dtype.itemsize == 2 else self.precise
         for kind, params in NAMES.items():
@@ -275,7 +277,8 @@ class Needs:
 
     def data(self, name):
         """The facts about a data set; those of any other where it is not listed."""
-        return FACTS["datasets"].get(name) or FACTS["datasets"]["any"]
+        any_, own = FACTS["datasets"]["any"], FACTS["datasets"].get(name)
+        return {key: x for key, x in any_.items() if key != "images" or own is None} | (own or {})
 
     def images(self, name, per_class):
         """Number of images of so many a class; their files go to disk."""
