@@ -16,6 +16,9 @@ from mmsae_helpers.suite import parameters, preflight
 ROOT = parameters.repo_root()
 
 
+HUB = preflight.hub
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr(preflight, "hub", lambda name, kind: None)
@@ -114,11 +117,13 @@ def test_flops_are_two_a_weight_and_token_and_the_attention_s(tmp_path):
         num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
+    model, rows = preflight.Model(str(tmp_path)), 3 * 10
     block = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64
-    _, flops = preflight.Model(str(tmp_path)).decoding(5, 3, 10, torch.float32)
-    assert flops == 5 * 3 * 10 * (2 * block + 4 * 32 * 10)
-    _, both_ways = preflight.Model(str(tmp_path)).decoding(6, 3, 10, torch.float32, grad="weights")
-    assert both_ways > 2.5 * flops
+    products, attention, head = 5 * rows * 2 * block, 5 * rows * 4 * 32 * 10, rows * 2 * 32 * 64
+    assert model.decoding(5, 3, 10, torch.float32)[1] == products + attention
+    assert model.decoding(5, 3, 10, torch.float32, head=True)[1] == products + attention + head
+    both_ways = model.decoding(5, 3, 10, torch.float32, grad="weights")[1]
+    assert both_ways == 3 * (products + head) + 3.5 * attention
 
 
 def test_sizes_of_the_papers_models():
@@ -193,7 +198,32 @@ def test_a_parameter_that_the_notebook_lacks_is_refused():
         preflight.estimate(ROOT, "paper", "01_llava_transfer_signal", layer=[3])
 
 
+def test_a_dtype_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match="no dtype 'float12'"):
+        preflight.estimate(ROOT, "paper", "01_llava_transfer_signal", dtype="float12")
+
+
 def test_measured_throughput_scales_all_hours_of_products(cheap):
     name = "07_standard_question_set"
     slow, fast = (preflight.estimate(ROOT, "paper", name, tflops=x).hours()["passes"] for x in (100, 400))
     assert slow == pytest.approx(4 * fast)
+
+
+def test_what_the_hub_says(monkeypatch):
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    refusal = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+    answers = {"open/one": None, "gated/one": errors.GatedRepoError("gated", response=refusal)}
+    answers["no/such"] = errors.RepositoryNotFoundError("none", response=refusal)
+    answers["no/network"] = OSError("no network")
+
+    def auth_check(name, repo_type):
+        if answers[name]:
+            raise answers[name]
+
+    monkeypatch.setattr(huggingface_hub, "auth_check", auth_check)
+    said = [HUB(name, "dataset") for name in answers]
+    assert said[0] == "" and said[1].startswith("accept its licence at https://huggingface.co/datasets/gated/one")
+    assert said[2].startswith("the hub has no such repository") and said[3] is None

@@ -61,14 +61,20 @@ class Live(TorchDispatchMode):
         self._seen.discard(key)
 
 
-def _attention(q, k, v, *_, out_shape=None, **__):
+def _attention(q, k, *_, out_shape=None, **__):
     return 4 * math.prod(q) * k[-2]
+
+
+def _attention_backward(_, q, k, *__, out_shape=None, **___):
+    return 10 * math.prod(q) * k[-2]
 
 
 def counted(run, *known) -> tuple[int, int]:
     """Peak bytes of what ``run()`` makes beside the tensors ``known``, and its FLOPs, two a multiply-add."""
-    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-    with FlopCounterMode(display=False, custom_mapping=cpu) as flops, Live(*known) as live:
+    cpu = torch.ops.aten  # whose attention torch does not count
+    own = {cpu._scaled_dot_product_flash_attention_for_cpu: _attention}
+    own[cpu._scaled_dot_product_flash_attention_for_cpu_backward] = _attention_backward
+    with FlopCounterMode(display=False, custom_mapping=own) as flops, Live(*known) as live:
         run()
     return live.peak, flops.get_total_flops()
 
@@ -202,7 +208,7 @@ def training_bytes(d_in: int, d_sae: int, batch: int, n: int = 1) -> int:
     """Peak bytes of training ``n`` SAEs side by side, one step at a time: with W the bytes of an SAE's weights, 3 W
     each (weights and Adam's two moments), and for the one that makes a step its gradient W and the larger of what there
     is when the backward pass begins, three times the features of the batch and four times its activations, and when
-    the decoder's gradients are added, W / 2 and the features once. float32; bfloat16 products take no more."""
+    the decoder's gradients are added, W / 2 and the features once. float32; with autocast up to a fifth less."""
     w, features, acts = sae_bytes(d_in, d_sae), 4 * batch * d_sae, 4 * batch * d_in
     return 3 * n * w + w + max(3 * features + 4 * acts, w // 2 + features + 2 * acts)
 
@@ -219,7 +225,9 @@ class Needs:
         self.v, self.gpu, self.problems, self.licences, self.models = v, FACTS["gpus"][gpu], [], set(), {}
         self.flops, self.seconds, self.disk, self.phases = Counter(), Counter(), Counter(), []
         self.faster = tflops / (self.gpu["bfloat16"] * FACTS["utilisation"]["bfloat16"]) if tflops else 1
-        self.dtype = getattr(torch, v.get("dtype", "float32"))
+        self.dtype = getattr(torch, v.get("dtype", "float32"), None)
+        if not isinstance(self.dtype, torch.dtype):
+            raise InputError(f"{name}: no dtype {v['dtype']!r}; choose bfloat16 or float32")
         self.precise = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         self.kind = "bfloat16" if self.dtype.itemsize == 2 else self.precise
         for kind, params in NAMES.items():
@@ -269,7 +277,8 @@ class Needs:
 
     def data(self, name):
         """The facts about a data set; those of any other where it is not listed."""
-        return FACTS["datasets"].get(name) or FACTS["datasets"]["any"]
+        any_, own = FACTS["datasets"]["any"], FACTS["datasets"].get(name)
+        return {key: x for key, x in any_.items() if key != "images" or own is None} | (own or {})
 
     def images(self, name, per_class):
         """Number of images of so many a class; their files go to disk."""
@@ -579,7 +588,7 @@ def _07(n, v):
     n.train("07", model, number, v["d_sae"], v["sae_batch_size"], v["sae_steps"], True, layers=len(blocks))
     n.run(model, learn + seen, n.asked(v["dataset"], model), v["batch_size"], block=max(blocks))
     n.encode(model, 2 * number, v["d_sae"], seen * after)
-    n.shards("07", model, learn * after, len(blocks))
+    n.shards("07", model, v.get("cache", True) * learn * after, len(blocks))
 
 
 RECIPES = {"01": _01, "02": _02, "03": _03, "04": _04, "05": _05, "06": _06, "07": _07}
