@@ -653,3 +653,16 @@ def test_copies_of_one_name_are_told_apart_and_so_is_what_changes(tmp_path):
     for owner, color in (("me", 10), ("you", 20), ("me", 30)):
         for per_class in (None, 1):
             assert reds(data.load(copy(owner, color), per_class=per_class)) == [color, color + 1]
+
+
+def test_another_draw_of_the_world_shares_no_picture_and_no_text():
+    first, other, again = (data.load(name, "test", 1) for name in ("tinyworld", "tinyworld:1", "tinyworld:1"))
+    assert first.fingerprint != other.fingerprint == again.fingerprint and first.class_names == other.class_names
+    pictures = [{image.tobytes() for image in some.dataset["image"]} for some in (first, other, again)]
+    assert not pictures[0] & pictures[1] and pictures[1] == pictures[2]
+    texts = [[*data.documents(name, 50)] for name in ("tinyworld", "tinyworld:1")]
+    assert sum(a == b for a, b in zip(*texts, strict=True)) < 5
+    mixed = [data.interleaved(name, 3)[0].text for name in ("tinyworld-aspects", "tinyworld-aspects:2")]
+    assert mixed[0] != mixed[1]
+    with pytest.raises(InputError, match="tinyworld:one: a draw of the embedded world is a number"):
+        data.load("tinyworld:one")
