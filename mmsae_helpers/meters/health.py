@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,16 @@ class Health(NamedTuple):
     def numbers(self) -> dict[str, float]:
         """All but the firing rates, for a row of a table."""
         return {name: value for name, value in self._asdict().items() if name != "firing_rate"}
+
+
+def sparsity(healths: Mapping[tuple, Health], d_in: int) -> dict[tuple, float]:
+    """How sparse SAEs of residuals ``d_in`` wide are, what they explain, and how many of their features ever fire, by
+    (measure, *key)."""
+    found = {}
+    for key, one in healths.items():
+        found["L0 / d_model", *key], found["explained variance", *key] = one.l0 / d_in, one.explained_variance
+        found["share of features alive", *key] = one.alive / len(one.firing_rate)
+    return found
 
 
 class HealthMeter(Meter):
