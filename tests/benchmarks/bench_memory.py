@@ -36,25 +36,30 @@ def picture(i: int) -> bytes:
     return file.getvalue() + np.random.default_rng(i).bytes(BYTES)
 
 
-def make(file: Path, kind: str, n: int) -> None:
-    """A source of ``n`` rows in a parquet file, 500 rows a group."""
-    text, image = List(Value("string")), file.with_name("a.jpg")
+def make(folder: Path, kind: str, n: int) -> None:
+    """A copy of a hub repository of ``n`` rows, 2,000 a shard: a reader holds a shard, which has 500 MB on the hub."""
+    text, image = List(Value("string")), folder / "a.jpg"
+    folder.mkdir()
+    (folder / ".gitattributes").write_text("")
     Pictures.new("RGB", (16, 16)).save(image)
     features = {"text": Value("string"), "texts": text, "images": text}
     if kind == "images":
         features = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
-    with pq.ParquetWriter(file, Features(features).arrow_schema) as writer:
-        for start in range(0, n, 500):
-            at = range(start, min(start + 500, n))
-            if kind == "images":
-                rows = [{"image": {"bytes": picture(i), "path": None}, "label": i % 2} for i in at]
-            else:
-                words = [np.random.default_rng(i).bytes(TEXT // 2).hex() for i in at]
-                rows = [{"text": w, "texts": [w, None], "images": [None, str(image)]} for w in words]
-            writer.write_table(Dataset.from_list(rows, features=Features(features)).data.table)
+    for start in range(0, n, 500):
+        if not start % 2000:
+            writer = pq.ParquetWriter(folder / f"train-{start:06d}.parquet", Features(features).arrow_schema)
+        at = range(start, min(start + 500, n))
+        if kind == "images":
+            rows = [{"image": {"bytes": picture(i), "path": None}, "label": i % 2} for i in at]
+        else:
+            words = [np.random.default_rng(i).bytes(TEXT // 2).hex() for i in at]
+            rows = [{"text": w, "texts": [w, None], "images": [None, str(image)]} for w in words]
+        writer.write_table(Dataset.from_list(rows, features=Features(features)).data.table)
+        if at.stop % 2000 == 0 or at.stop == n:
+            writer.close()
 
 
-def measure(file: Path, kind: str, n: int) -> float:
+def measure(folder: Path, kind: str, n: int) -> float:
     """GiB that going over the source takes."""
     from mmsae_helpers import cache, data, models
 
@@ -67,12 +72,12 @@ def measure(file: Path, kind: str, n: int) -> float:
 
     threading.Thread(target=watch, daemon=True).start()
     if kind == "images":
-        images = data.load(str(file), None, n // 2 * 9 // 10)
+        images = data.load(str(folder), "train", n // 2 * 9 // 10)
         for _ in range(2):
             for start in range(0, len(images.dataset), 64):
                 images.dataset[start : start + 64]["image"]
     else:
-        texts, mixed = data.documents(str(file), n * 9 // 10), data.interleaved(str(file), n * 9 // 10)
+        texts, mixed = data.documents(str(folder), n * 9 // 10), data.interleaved(str(folder), n * 9 // 10)
         for some in (texts, mixed):
             cache.of_texts(None, adapter, some[10:], [0], batch_size=1)
             sum(len(document if isinstance(document, str) else document.opened()) for document in some)
@@ -87,12 +92,13 @@ if __name__ == "__main__":
         sys.exit()
     sizes = dict(zip(("images", "documents"), [*map(int, sys.argv[1:]), 2000, 10_000][:2], strict=True))
     for kind, n in sizes.items():
-        for times in (1, 10):
+        for times in (1, 10) if n else ():
             with tempfile.TemporaryDirectory() as place:
-                make(file := Path(place) / "rows.parquet", kind, n * times)
+                make(folder := Path(place) / "source", kind, n * times)
                 environment, begin = os.environ | {"HF_DATASETS_CACHE": place}, time.time()
-                command = [sys.executable, __file__, "measure", str(file), kind, str(n * times)]
+                command = [sys.executable, __file__, "measure", str(folder), kind, str(n * times)]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 said = (done.stderr if done.returncode else done.stdout).splitlines()[-1]
-                size = f"{n * times:7,} {kind}, {file.stat().st_size / 2**30:.2f} GiB on disk"
+                on_disk = sum(file.stat().st_size for file in folder.iterdir()) / 2**30
+                size = f"{n * times:7,} {kind}, {on_disk:.2f} GiB on disk"
                 print(f"{size}: {said[:150]} GiB in memory, {time.time() - begin:.0f} s", flush=True)
