@@ -212,3 +212,10 @@ def test_a_climb_ends_where_no_neighbour_is_better(scores):
     end = probes._climb(scores.__getitem__, len(scores))
     assert scores[end] == max(scores[max(end - 1, 0) : end + 2])
     assert end == 0 or scores[end - 1] < scores[end], "the stronger shrinkage of equals"
+
+
+def test_rows_that_differ_in_one_direction_alone_are_classified():
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(10), 30)
+    shared = rng.standard_normal((300, 1)) * np.ones((1, 800)) + 1e-3 * rng.standard_normal((300, 800))
+    scores = probes._lda((shared - shared.mean(0)).astype(np.float32), labels, "auto")
+    assert all(np.isfinite(part).all() for part in scores)
