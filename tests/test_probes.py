@@ -222,3 +222,10 @@ def test_of_features_that_never_fire_the_commonest_class_is_guessed(classifier, 
         sp.csr_matrix((40, d), dtype=np.float32), y, *probes.splits(y, 5, 5, 0), classifier=classifier
     )
     assert (guessed == 1).all()
+
+
+def test_rows_that_differ_in_one_direction_alone_are_classified():
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(10), 30)
+    shared = rng.standard_normal((300, 1)) * np.ones((1, 800)) + 1e-3 * rng.standard_normal((300, 800))
+    scores = probes._lda((shared - shared.mean(0)).astype(np.float32), labels, "auto")
+    assert all(np.isfinite(part).all() for part in scores)

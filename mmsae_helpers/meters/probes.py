@@ -140,7 +140,8 @@ def _lda(Z: np.ndarray, target: np.ndarray, alpha: float | str) -> tuple[np.ndar
     """Gaussian classes with one covariance, alpha added to its diagonal: (W [d, k], bias [k])."""
     rows, span, held = Z, None, _every_fifth(target)
     if 2 * len(Z) < Z.shape[1]:  # the same in coordinates of the rows' span, n of them: span with Z = span M'
-        gram = (Z @ Z.T).astype(np.float64)
+        exact = Z.astype(np.float64)  # in float32 the diagonal below is lost where one direction has most variance
+        gram = exact @ exact.T
         gram[np.diag_indices(len(Z))] += 1e-6 * gram.trace() / len(Z)  # centred rows have one direction less
         span = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
         rows = span.astype(np.float32)

@@ -196,7 +196,7 @@ def start_projector(model, images) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the projector anew, or on, and put it where it ships.")
-    parser.add_argument("--cycles", type=int, default=4, help="how often the learning rate rises and falls")
+    parser.add_argument("--cycles", type=int, default=8, help="how often the learning rate rises and falls")
     parser.add_argument("--steps", type=int, default=100, help="of each cycle, 8 pictures each")
     parser.add_argument("--out", type=Path, default=Path("artifacts/tinyworld_build/real"), help="finished cycles")
     options = parser.parse_args()
