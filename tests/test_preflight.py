@@ -183,7 +183,10 @@ def test_command_line(monkeypatch, capsys, cheap):
     [
         (["--gpu", "h1000"], "--gpu h1000 --tflops None: give one of h100, "),
         (["--tflops", "-1"], "give one of h100, h200, a100, l40s, 4090, and a number above 0"),
-        (["--profile", "papers"], "PROFILE=papers: no folder params/papers; there are paper, smoke, tiny"),
+        (
+            ["--profile", "papers"],
+            "PROFILE=papers: no folder params/papers; there are paper, real,",
+        ),
         (["99"], "no notebook starts with '99'"),
     ],
 )

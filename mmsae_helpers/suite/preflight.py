@@ -251,7 +251,7 @@ class Needs:
         self.problems = list(dict.fromkeys(self.problems))
 
     def _named(self, name, kind):
-        known = FACTS[f"{kind}s"].get(name)
+        known = _facts(kind, name)
         if (known or {}).get("gated"):
             self.licences.add(name)
         if kind == "model":
@@ -277,7 +277,7 @@ class Needs:
 
     def data(self, name):
         """The facts about a data set; those of any other where it is not listed."""
-        any_, own = FACTS["datasets"]["any"], FACTS["datasets"].get(name)
+        any_, own = FACTS["datasets"]["any"], _facts("dataset", name)
         return {key: x for key, x in any_.items() if key != "images" or own is None} | (own or {})
 
     def images(self, name, per_class):
@@ -402,10 +402,16 @@ _model = cache(Model)
 
 
 def _names(value) -> list[str]:
-    """The name in a parameter, or those in a list of names, or of lists that begin with one; empty ones left out."""
+    """The name in a parameter, or those in a list of names, or of lists that begin with one; of 06's "model on data
+    set" the model; empty ones left out."""
     if isinstance(value, list):
         return [x for one in value for x in _names(one[0] if isinstance(one, list) else one)]
-    return [value] if value else []
+    return [value.partition(" on ")[0]] if value else []
+
+
+def _facts(kind: str, name: str) -> dict | None:
+    """What `preflight.yaml` says of a model or data set; a draw or configuration (name:one) is as the data set."""
+    return FACTS[f"{kind}s"].get(name, FACTS[f"{kind}s"].get(name.partition(":")[0]))
 
 
 # ---------------------------------------------------------------- recipes: what each notebook does with its parameters
@@ -556,7 +562,7 @@ def _05(n, v):
 
 
 def _06(n, v):
-    seeds, tune, every = len(v["seeds"]), v["tuning"], list(dict.fromkeys(arm[0] for arm in v["arms"]))
+    seeds, tune, every = len(v["seeds"]), v["tuning"], list(dict.fromkeys(_names(v["arms"])))
     n.fetch(v["documents"], sum(v["interleaved"][:2]))
     rows, held = n.data(v["dataset"]), 0
     n.disk["pictures", v["dataset"]] = rows.get("download", v["n_rows"] * rows["bytes"])
@@ -569,7 +575,8 @@ def _06(n, v):
     for model in every:  # with the picture: scores, then IFD's losses; without: two more
         n.run(model, 2 * v["n_rows"] * seeds, sample[model], v["batch_size"])
         n.run(model, 2 * v["n_rows"] * seeds, (rows["tokens"] + PROMPT, 0), v["batch_size"])
-    for model, how, _, rankings, shares in v["arms"]:
+    for arm, how, _, rankings, shares in v["arms"]:
+        (model,) = _names(arm)  # a second data set is taken for as large as the first
         pair, lists = 1 + (how == "dpo"), len(rankings) + 1
         number, share = len(shares) * lists + 1, sum(shares) * lists + 1
         own = n.models[model].n_weights * n.dtype.itemsize
