@@ -159,7 +159,8 @@ def story(about, said: dict | None, notebook: str = "") -> None:
     from IPython.display import Markdown, display
 
     where = f" [{notebook}]({notebook}.ipynb)" if notebook else ""
-    display(Markdown(f"### {about.id} · {about.says}\n\nPaper {about.paper}, {about.section}: {about.figure}.{where}"))
+    of = "" if about.paper == "X" else f"Paper {about.paper}, "
+    display(Markdown(f"### {about.id} · {about.says}\n\n{of}{about.section}: {about.figure}.{where}"))
     if said:
         show(said)
     display(Markdown(f"Can this world tell? *{about.decides}*: {about.because}."))
