@@ -93,7 +93,8 @@ def hub(tmp_path_factory, site):
     base = hub / "models--google--gemma-2b/snapshots" / hub_of.SHA
     hub_of.gemma_res_jb(hub, base)
     hub_of.gemma_it_res_jb(hub, base)
-    for make in (hub_of.cifar100, hub_of.imagenet, hub_of.pile, hub_of.align_anything, hub_of.llava_bench):
+    pictures, preferences = (hub_of.cifar100, hub_of.imagenet), (hub_of.align_anything, hub_of.rlaif_v)
+    for make in (*pictures, hub_of.pile, *preferences, hub_of.llava_bench):
         make(hub)
     hub_of.imagenet(hub, "timm/mini-imagenet")
     hub_of.obelics(hub, site)
@@ -114,7 +115,8 @@ def suite(hub, site, tmp_path_factory):
     here = {"nlpconnect/vit-gpt2-image-captioning": str(converted), "https://api.openai.com/v1": site}
     for name in (
         "uoft-cs/cifar100", "ILSVRC/imagenet-1k", "timm/mini-imagenet", "monology/pile-uncopyrighted",
-        "HuggingFaceM4/OBELICS", "PKU-Alignment/align-anything", "lmms-lab/llava-bench-coco",
+        "HuggingFaceM4/OBELICS", "PKU-Alignment/align-anything", "openbmb/RLAIF-V-Dataset",
+        "lmms-lab/llava-bench-coco",
     ):  # fmt: skip
         here[name] = str(hub / f"datasets--{name.replace('/', '--')}" / "snapshots" / hub_of.SHA)
     (root / "params/paper").mkdir(parents=True)

@@ -166,7 +166,8 @@ def forest_of_all(entries):
             xs = [_half_widths(claim[key], about.direction) for about, claim in some if key in claim]
             ax.plot(np.clip(xs, -10, 10), ys, color=PALETTE[i], ls="none", label=key.replace("_", " "), **look)
         ax.set_yticks(range(len(some)), [f"{a.id}  {textwrap.shorten(a.says, 58, placeholder=' …')}" for a, _ in some])
-        ax.set(title="Beyond the papers" if paper == "X" else f"Paper {paper}", ylim=(len(some) - 0.5, -0.5), xlim=(-10.5, 10.5))
+        ax.set_title("Beyond the papers" if paper == "X" else f"Paper {paper}")
+        ax.set(ylim=(len(some) - 0.5, -0.5), xlim=(-10.5, 10.5))
         ax.tick_params(axis="y", labelsize=9)
     axes[0, 0].legend(fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     axes[-1, 0].set_xlabel("against the claim   ←   half-widths of its interval from its threshold   →   for it")
