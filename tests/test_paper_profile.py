@@ -26,7 +26,7 @@ from mmsae_helpers.suite import runner
 ROOT = Path(__file__).resolve().parents[1]
 SAE = {"sae_batch_size": 64, "norm_batches": 2, "expansion": 2, "seeds": [42, 43]}
 SIZES = {  # beside dtype float32, as a CPU is slow in bfloat16; shards of so few tokens do not fill a disk
-    "01": {"train_documents": 20, "label_documents": 60, "images_per_class": 4, "health_images": 12,
+    "01": {"train_documents": 20, "label_documents": 60, "images_per_class": 4, "health_images": 12, "asked_images": 4,
            "control": {"split": "train", "images": 12, "tokens": 200}},
     "02": {"label_documents": 20, "images_per_class": 10, "answer_images_per_class": 1, "compare_images_per_class": 6,
            "train_tenths": [1, 5], "seeds": [0, 1]},
