@@ -33,7 +33,7 @@ preflight: $(STAMP)
 	$(BIN)/python -m mmsae_helpers.suite.preflight --profile "$(PROFILE)" --gpu "$(GPU)" $(if $(TFLOPS),--tflops "$(TFLOPS)") $(ONLY)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
