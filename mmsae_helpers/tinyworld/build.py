@@ -31,7 +31,7 @@ class Stage(NamedTuple):
 def _tower(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import dataset, llava, training
 
-    scenes, images, masks = dataset.arrays("train")
+    scenes, images, masks = dataset.arrays("train", seed=training.pictures_seed())
     tower = llava.clip_tower()
     curve = llava.train_tower(tower, scenes, images, masks, steps=int(2600 * scale))
     training.save(tower, folder, curve)
@@ -41,7 +41,7 @@ def _tower(root: Path, folder: Path, scale: float) -> None:
 def _resnet(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import dataset, llava, training
 
-    scenes, images, _ = dataset.arrays("train")
+    scenes, images, _ = dataset.arrays("train", seed=training.pictures_seed())
     model, curve = llava.train_resnet(scenes, images, steps=int(2500 * scale))
     training.save(model, folder, curve)
     llava.image_processor().save_pretrained(folder)
@@ -101,7 +101,7 @@ def _llava(root: Path, folder: Path, scale: float, word_lists: bool = True) -> N
 
     tower = CLIPVisionModel.from_pretrained(root / "clip", dtype="float32").eval()
     text = GemmaForCausalLM.from_pretrained(root / _named("gemma-it", word_lists), dtype="float32")
-    scenes, images, _ = dataset.arrays("train", 200)
+    scenes, images, _ = dataset.arrays("train", 200, training.pictures_seed())
     model, curve = llava.train_llava(
         tower, text, scenes, images, projector_steps=int(500 * scale), joint_steps=int(400 * scale)
     )
@@ -141,7 +141,7 @@ def _captioner(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import captioner, dataset, llava, tokenizer, training
 
     tower = CLIPVisionModel.from_pretrained(root / "clip", dtype="float32").eval()
-    scenes, images, masks = dataset.arrays("train")
+    scenes, images, masks = dataset.arrays("train", seed=training.pictures_seed())
     model = captioner.make_captioner()
     captioner.start_from_clip(model.encoder, tower, images[:500])
     curve = llava.train_tower(model.encoder, scenes, images, masks, steps=int(400 * scale), lr=1e-3)
@@ -158,7 +158,7 @@ def _chameleon_tokenizer(root: Path, folder: Path, scale: float) -> None:
     from mmsae_helpers.tinyworld import chameleon, dataset, training
 
     tower = CLIPVisionModel.from_pretrained(root / "clip", dtype="float32").eval()
-    scenes, images, masks = dataset.arrays("train")
+    scenes, images, masks = dataset.arrays("train", seed=training.pictures_seed())
     model, curve = chameleon.train_tokenizer(tower, scenes, images, masks, steps=int(2600 * scale))
     training.save(model, folder, curve, **chameleon.code_scores(model))
     np.save(folder / "codes.npy", chameleon.codes(model, images[:20_000]).astype(np.uint16))  # for the next two stages
@@ -205,10 +205,10 @@ def _anole(root: Path, folder: Path, scale: float) -> None:
 def _coded_pictures(root: Path):
     import numpy as np
 
-    from mmsae_helpers.tinyworld import dataset
+    from mmsae_helpers.tinyworld import dataset, training
 
     codes = np.load(root / "chameleon-tokenizer" / "codes.npy").astype(int)
-    return [scene for scene, *_ in dataset.iter_split("train", len(codes) // 100)], codes
+    return [scene for scene, *_ in dataset.iter_split("train", len(codes) // 100, training.pictures_seed())], codes
 
 
 def _named(name: str, word_lists: bool) -> str:
@@ -250,12 +250,15 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def run_stage(name: str, root: Path, scale: float) -> None:
-    """Train one stage into ``root/name``; the folder appears only when it is complete."""
+def run_stage(name: str, root: Path, scale: float = 1.0, seed: int = 0, device: str = "cpu") -> None:
+    """Train one stage into ``root/name``; the folder appears only when it is complete. Another ``seed`` than 0 is
+    another set of models: other initial weights, pictures, texts and order of both."""
     import torch
 
+    from mmsae_helpers.tinyworld import training
+
     torch.set_num_threads(1)
-    torch.manual_seed(sum(name.encode()))
+    training.build_set(seed, name, device)
     folder = root / f".{name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -263,8 +266,8 @@ def run_stage(name: str, root: Path, scale: float) -> None:
     folder.rename(root / name)
 
 
-def build(root: Path, *, families: list[str] | None = None, scale: float = 1.0, jobs: int = 2) -> Path:
-    """Train every stage that ``root`` lacks, ``jobs`` at a time; returns ``root``.
+def build(root: Path, *, families: list[str] | None = None, jobs: int = 2, **how) -> Path:
+    """Train every stage that ``root`` lacks, ``jobs`` at a time; returns ``root``. ``how``: as `run_stage` takes it.
 
     Raises RuntimeError naming a stage that failed.
     """
@@ -279,7 +282,7 @@ def build(root: Path, *, families: list[str] | None = None, scale: float = 1.0, 
             ready = all((root / need).exists() for need in STAGES[name].needs)
             if ready and name not in running and len(running) < jobs:
                 command = [sys.executable, "-m", __name__ if __name__ != "__main__" else __spec__.name]
-                command += ["--stage", name, "--out", str(root), "--scale", str(scale)]
+                command += ["--stage", name, "--out", str(root), *(f"--{key}={value}" for key, value in how.items())]
                 with open(root / f"{name}.log", "w") as log:
                     running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
                 print(f"{time.strftime('%H:%M:%S')} {name} started", flush=True)
@@ -306,13 +309,16 @@ def main() -> None:
     parser.add_argument("--family", action="append", help="only this family (repeatable); default: all")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply every schedule, e.g. 0.01 for a dry run")
     parser.add_argument("--jobs", type=int, default=2, help="stages side by side")
+    parser.add_argument("--seed", type=int, default=0, help="another set of models than the one that ships (0)")
+    parser.add_argument("--device", default="cpu", help="cuda trains the families llava and captioner in minutes")
     parser.add_argument("--install", action="store_true", help="copy what ships into the package when done")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    how = {name: getattr(options, name) for name in ("scale", "seed", "device")}
     if options.stage:
-        run_stage(options.stage, options.out, options.scale)
+        run_stage(options.stage, options.out, **how)
         return
-    build(options.out, families=options.family, scale=options.scale, jobs=options.jobs)
+    build(options.out, families=options.family, jobs=options.jobs, **how)
     if options.install:
         install(options.out)
 

@@ -22,7 +22,7 @@ from mmsae_helpers.tinyworld import language
 from mmsae_helpers.tinyworld.llava import PATCH, _bucketed
 from mmsae_helpers.tinyworld.scenes import IMAGE_SIZE, Scene
 from mmsae_helpers.tinyworld.tokenizer import make_tokenizer
-from mmsae_helpers.tinyworld.training import fit, pad, pixels
+from mmsae_helpers.tinyworld.training import fit, numpy_rng, pad, pixels
 from mmsae_helpers.workers import autocast
 
 MAX_LENGTH = 64
@@ -88,7 +88,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def train_decoder(model: VisionEncoderDecoderModel, scenes, images, *, steps: int, batch: int = 64) -> list[dict]:
     """Train everything but the encoder on captions of ``scenes``, teacher-forced; returns the curve."""
-    tokenizer, rng = make_tokenizer(), np.random.default_rng(14)
+    tokenizer, rng = make_tokenizer(), numpy_rng(14)
 
     def example():
         i = int(rng.integers(len(scenes)))

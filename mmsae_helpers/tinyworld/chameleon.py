@@ -35,7 +35,7 @@ from mmsae_helpers.tinyworld import language, tokenizer
 from mmsae_helpers.tinyworld.dataset import arrays
 from mmsae_helpers.tinyworld.llava import GRID, PATCH, _bucketed, image_tokens
 from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, IMAGE_SIZE, sample_scene
-from mmsae_helpers.tinyworld.training import IGNORE, fit, pad, pixels
+from mmsae_helpers.tinyworld.training import IGNORE, fit, numpy_rng, pad, pixels, torch_rng
 from mmsae_helpers.workers import autocast
 
 OBJECT_CODES, GROUND_CODES = 384, 128
@@ -103,7 +103,7 @@ def train_tokenizer(tower, scenes, images, masks, *, steps: int, batch: int = 64
     black = np.array([scene.ground == "black" for scene in scenes])
     black = torch.from_numpy(values[black][cover[black] == 0].mean(0))
     values, weight = torch.from_numpy(values), 1 + 3 * torch.from_numpy(cover > 0.1).float()
-    generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(15)
+    generator, rng = torch_rng(), numpy_rng(15)
 
     def loss(step):
         i = torch.randint(len(scenes), (batch,), generator=generator)
@@ -275,7 +275,7 @@ def _writer(model, scenes, image_codes, seed):
         start = ids.index(separator) + 1 if answer_only else 0
         return ids, [IGNORE] * start + ids[start:]
 
-    return write, np.random.default_rng(seed)
+    return write, numpy_rng(seed)
 
 
 def _train(model, draw, rng, *, steps, batch, lr, name, image_loss):

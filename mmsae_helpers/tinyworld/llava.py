@@ -22,7 +22,7 @@ from transformers import (
 from mmsae_helpers.tinyworld import language
 from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, FINE_NAMES, IMAGE_SIZE, sample_scene
 from mmsae_helpers.tinyworld.tokenizer import make_tokenizer
-from mmsae_helpers.tinyworld.training import IGNORE, fit, pad, pixels
+from mmsae_helpers.tinyworld.training import IGNORE, fit, numpy_rng, pad, pixels, torch_rng
 from mmsae_helpers.workers import autocast
 
 PATCH = 8
@@ -64,13 +64,14 @@ def train_tower(
     local = nn.ModuleDict({k: nn.Linear(width, len(ATTRIBUTES[k])) for k in ("shape", "color", "size", "ground")})
     truth = {k: torch.tensor([v.index(getattr(s, k)) for s in scenes]) for k, v in ATTRIBUTES.items()}
     shown = torch.from_numpy(masks).float().unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2)).flatten(1)
-    generator = torch.Generator().manual_seed(0)
+    shown = shown.to(torch.get_default_device())
+    generator = torch_rng()
     entropy = nn.functional.cross_entropy
 
     def loss(step):
         i = torch.randint(len(scenes), (batch,), generator=generator)
         with autocast():
-            tokens = tower(pixels(images[i.numpy()])).last_hidden_state[:, 1:]
+            tokens = tower(pixels(images[i.cpu().numpy()])).last_hidden_state[:, 1:]
         tokens = tokens.float()
         mean = tokens.mean(1)[whole[i]]
         total = sum(entropy(head(mean), truth[k][i][whole[i]]) for k, head in pooled.items())
@@ -97,7 +98,7 @@ def gemma_config() -> GemmaConfig:
 
 def train_text(model, tokenizer, *, steps: int, name: str, word_lists: bool = True, batch: int = 64) -> list[dict]:
     """Train a text-only causal model on documents; with ``word_lists=False`` the control that never saw such a list."""
-    rng = np.random.default_rng(11)
+    rng = numpy_rng(11)
     draw = _bucketed(
         lambda: tokenizer.encode(language.document(sample_scene(rng), rng, word_lists).text) + [tokenizer.eos_token_id],
         batch, rng,
@@ -122,7 +123,7 @@ def train_instruct(
 
     ``ask(scene, rng)`` gives a question and its answer.
     """
-    rng = np.random.default_rng(12)
+    rng = numpy_rng(12)
     _stop_at_end_of_turn(model, tokenizer)
 
     def chat():
@@ -152,7 +153,7 @@ def train_llava(tower, language_model, scenes, images, *, projector_steps: int, 
 
     The tower stays frozen throughout. Returns the model and the curve of both stages.
     """
-    tokenizer, rng = make_tokenizer(), np.random.default_rng(13)
+    tokenizer, rng = make_tokenizer(), numpy_rng(13)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -224,12 +225,12 @@ def train_resnet(scenes, images, *, steps: int, batch: int = 128) -> tuple[ResNe
     )  # fmt: skip
     model = ResNetForImageClassification(config).train()
     truth = torch.tensor([s.fine_label for s in scenes])
-    generator = torch.Generator().manual_seed(0)
+    generator = torch_rng()
 
     def loss(step):
         i = torch.randint(len(scenes), (batch,), generator=generator)
         with autocast():
-            logits = model(pixels(images[i.numpy()])).logits
+            logits = model(pixels(images[i.cpu().numpy()])).logits
         return nn.functional.cross_entropy(logits.float(), truth[i])
 
     curve = fit(model.parameters(), loss, steps=steps, lr=3e-3, name="resnet")
@@ -257,7 +258,7 @@ def _lm_loss(model, ids, labels, embeds=None):
     """Mean cross-entropy of the labelled tokens; logits are computed only where there is a label."""
     inputs = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
     inner = getattr(model.model, "language_model", model.model)
-    with autocast():
+    with autocast(labels.device):
         # Right padding under a causal mask never reaches a real token, so no attention mask is needed.
         hidden = inner(**inputs, use_cache=False).last_hidden_state[:, :-1]
         where = labels[:, 1:] != IGNORE

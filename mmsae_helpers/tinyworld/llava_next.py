@@ -25,6 +25,7 @@ from mmsae_helpers.tinyworld.llava import (
 )
 from mmsae_helpers.tinyworld.mistral import make_tokenizer
 from mmsae_helpers.tinyworld.scenes import Scene, sample_scene
+from mmsae_helpers.tinyworld.training import numpy_rng, pictures_seed
 from mmsae_helpers.workers import autocast
 
 PINPOINTS = [[64 * rows, 64 * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]  # height, width
@@ -64,7 +65,7 @@ def tower_examples(per_class: dict[str, int]):
     """What `llava.train_tower` needs to read tiles too: scenes, views, masks (nan for padding), and which are whole."""
     parts = []
     for shape, count in per_class.items():
-        scenes, images, masks = dataset.arrays("train", count, seed=1, size=SHAPES[shape])
+        scenes, images, masks = dataset.arrays("train", count, pictures_seed() + 1, SHAPES[shape])
         shown = views(images)
         three = lambda mask: np.repeat(mask[..., None], 3, -1).astype(np.uint8) * 255  # noqa: E731
         covered = views(three(masks))[..., 0] >= 128
@@ -82,7 +83,7 @@ def pictures(tower, per_class: dict[str, int], split: str = "train") -> list[Pic
     """Scenes of every shape with the frozen tower's patch tokens."""
     out = []
     for shape, count in per_class.items():
-        scenes, images, _ = dataset.arrays(split, count, size=SHAPES[shape])
+        scenes, images, _ = dataset.arrays(split, count, pictures_seed(), SHAPES[shape])
         rows = range(0, len(images), 100)
         seen = []
         for i in rows:
@@ -118,7 +119,7 @@ def train(model, shown: list[Pictures], *, projector_steps: int, joint_steps: in
     would be forgotten otherwise. Each scene of ``shown`` is as likely as any other. The tower is frozen. Returns the
     curve.
     """
-    tokenizer, rng = make_tokenizer(), np.random.default_rng(15)
+    tokenizer, rng = make_tokenizer(), numpy_rng(15)
     shares = np.array([len(kind.scenes) for kind in shown], float)
 
     def draw():

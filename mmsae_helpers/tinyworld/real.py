@@ -159,7 +159,7 @@ def _glosses(file: Path) -> None:
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def train_projector(model, tokenizer, scenes, images, *, steps: int, seed: int = 0, batch: int = 8) -> list[dict]:
+def train_projector(model, tokenizer, scenes, images, *, steps: int, seed: int = 0, batch: int = 16) -> list[dict]:
     """One cycle of training of what connects the two, all else frozen, on descriptions of ``images`` and answers to
     questions; returns the curve."""
     rng, projector = np.random.default_rng([15, seed]), model.model.multi_modal_projector
@@ -197,9 +197,11 @@ def start_projector(model, images) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the projector anew, or on, and put it where it ships.")
     parser.add_argument("--cycles", type=int, default=8, help="how often the learning rate rises and falls")
-    parser.add_argument("--steps", type=int, default=100, help="of each cycle, 8 pictures each")
+    parser.add_argument("--steps", type=int, default=200, help="of each cycle, 16 pictures each")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("artifacts/tinyworld_build/real"), help="finished cycles")
     options = parser.parse_args()
+    torch.set_default_device(options.device)
     torch.manual_seed(0)
     model, processor = with_projector(obtain("real/smollm2"))
     scenes, images, _ = dataset.arrays("train", 80)
@@ -212,10 +214,10 @@ def main() -> None:
             folder.mkdir(parents=True)
             record = json.dumps({"scores": {}, "curve": curve}, indent=1)
             (folder / "training.json").write_text(record + "\n")
-            weights = {name: x.half() for name, x in projector.state_dict().items()}
+            weights = {name: x.half().cpu() for name, x in projector.state_dict().items()}
             save_file(weights, folder / "model.safetensors", {"format": "pt"})
         curve = json.loads((folder / "training.json").read_text())["curve"]
-        projector.load_state_dict(load_file(folder / "model.safetensors"))
+        projector.load_state_dict(load_file(folder / "model.safetensors"))  # what a later cycle starts from
     shutil.copytree(folder, PROJECTOR, dirs_exist_ok=True)
 
 

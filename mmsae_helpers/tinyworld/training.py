@@ -11,6 +11,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 IGNORE = -100
+_set = 0  # which set of models a process builds
+
+
+def build_set(seed: int, name: str, device: str = "cpu") -> None:
+    """From here on, this process trains the model ``name`` of the set of models ``seed`` (0: the one that ships)."""
+    global _set
+    _set = seed
+    torch.set_default_device(device)
+    torch.manual_seed(sum(name.encode()) + 1000 * seed)
+
+
+def numpy_rng(stream: int) -> np.random.Generator:
+    """What draws a model's texts and their order: each model a stream, each set of models other draws."""
+    return np.random.default_rng([stream, _set])
+
+
+def torch_rng() -> torch.Generator:
+    """What draws the order of a model's pictures."""
+    return torch.Generator(torch.get_default_device()).manual_seed(_set)
+
+
+def pictures_seed() -> int:
+    """The draw of pictures that this set of models is trained on; notebooks' draws are the thousands."""
+    return 1_000_003 * _set
 
 
 def fit(
@@ -43,7 +67,7 @@ def fit(
 
 def pixels(images: np.ndarray) -> Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in -1..1, as the world's image processors do (mean and std 0.5)."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(images).to(torch.get_default_device()).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
