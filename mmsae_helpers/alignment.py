@@ -23,7 +23,6 @@ import PIL.Image
 import requests
 import torch
 from torch import Tensor
-from urllib3.util import Retry
 
 from mmsae_helpers import data
 from mmsae_helpers.cache import fingerprint
@@ -267,10 +266,8 @@ class Endpoint:
     ):  # fmt: skip
         self.url, self.model, self.file, self.asks = f"{url.rstrip('/')}/chat/completions", model, Path(file), asks
         self.timeout, self.options = timeout, {"temperature": 0.2, "max_tokens": 1024} | options
-        again = Retry(tries, backoff_factor=wait, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None)
-        self.session = requests.Session()
-        self.session.mount(self.url, requests.adapters.HTTPAdapter(max_retries=again))
-        self.key, self.session.headers["Authorization"] = key, f"Bearer {os.environ.get(key, '')}"
+        self.key, bearer = key, f"Bearer {os.environ.get(key, '')}"
+        self.session = data.session(tries, wait, Authorization=bearer)
 
     def __call__(self, rows, answers: Sequence[str]) -> np.ndarray:
         """Scores of model and reference, float64 [N, 2]; nan where it failed, with a warning that names the rows."""

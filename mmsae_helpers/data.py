@@ -22,10 +22,12 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import PIL.ImageOps
+import requests
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import BatchSampler
+from urllib3.util import Retry
 
 from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
@@ -504,6 +506,17 @@ def _fetched(url: str) -> bytes:
             if time.monotonic() > end:
                 raise TimeoutError("took longer than a minute")
     return content
+
+
+def session(tries: int = 5, wait: float = 2.0, **headers: str) -> requests.Session:
+    """A session that tries again ``tries`` times after connection errors, 429 and 5xx, ``wait`` seconds later and then
+    twice as long."""
+    again = Retry(tries, backoff_factor=wait, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None)
+    made = requests.Session()
+    made.headers.update(headers)
+    for kind in ("http://", "https://"):
+        made.mount(kind, requests.adapters.HTTPAdapter(max_retries=again))
+    return made
 
 
 def write(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ Widths, vocabularies, pictures and row counts are tiny, depths no more than prof
 at; names of fields and files, and columns are the hub's.
 """
 
+import gzip
 import io
 import json
 import shutil
@@ -574,12 +575,20 @@ def llava_bench(hub: Path, n: int = 6) -> Path:
     return tables(folder, None, features, {"train": rows})
 
 
-def neuronpedia(path: Path, layer: str = "6-res-jb", n: int = 20) -> Path:
-    """What Neuronpedia exports of a source: a JSON list of explanations; some features have none, some two."""
+def neuronpedia(bucket: Path, place: str, n: int = 20) -> Path:
+    """What Neuronpedia's bucket has of a source, <model>/<source>: explanations in batches of gzipped JSON lines, an
+    embedding as text in each; some features have none, some two; one has markup in it."""
+    folder = bucket / place / "explanations"
+    folder.mkdir(parents=True)
+    model, layer = place.split("/")
     rows = [
-        {"modelId": "gemma-2b", "layer": layer, "index": str(i), "description": f" mentions of {WORDS[i % len(WORDS)]}",
-         "explanationModelName": "gpt-3.5-turbo", "typeName": "oai_token-act-pair"}
-        for i in [*range(n), 3] if i % 5
+        {"id": f"c{i}", "modelId": model, "layer": layer, "index": str(i), "description": f" {text}", "authorId": "a",
+         "triggeredByUserId": None, "notes": None, "scoreV1": None, "umap_x": 0.5, "typeName": "oai_token-act-pair",
+         "explanationModelName": "gpt-3.5-turbo", "embedding": "[0.1,0.2]"}
+        for i, text in [*enumerate(f"mentions of <b>{word}</b> & more" for word in WORDS[:n]), (3, "second"), (4, None)]
+        if i % 5
     ]  # fmt: skip
-    path.write_text(json.dumps(rows))
-    return path
+    for batch in range(2):
+        lines = "".join(json.dumps(row) + "\n" for row in rows[batch::2])
+        (folder / f"batch-{batch}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    return folder.parent

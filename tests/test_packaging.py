@@ -64,6 +64,7 @@ def test_makefile_and_ci_use_the_same_files():
 def test_package_carries_its_data():
     data = PROJECT["tool"]["setuptools"]["package-data"]
     assert data["mmsae_helpers.suite"] == ["claims.yaml", "preflight.yaml", "report_template/*", "browser_template/*"]
+    assert data["mmsae_helpers.meters"] == ["post_features.csv"]
     assert data["mmsae_helpers.tinyworld"] == ["checkpoints/**/*"]
     version_line = (ROOT / "mmsae_helpers/__init__.py").read_text()
     assert f'__version__ = "{PROJECT["project"]["version"]}"' in version_line

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAE = {"sae_batch_size": 64, "norm_batches": 2, "expansion": 2, "seeds": [42, 43]}
 SIZES = {  # beside dtype float32, as a CPU is slow in bfloat16; shards of so few tokens do not fill a disk
     "01": {"train_documents": 20, "label_documents": 60, "images_per_class": 4, "health_images": 12, "asked_images": 4,
-           "control": {"split": "train", "images": 12, "tokens": 200}},
+           "control": {"split": "train", "images": 12, "tokens": 200}, "rescale": True},  # so that features fire
     "02": {"label_documents": 20, "images_per_class": 10, "answer_images_per_class": 1, "compare_images_per_class": 6,
            "train_tenths": [1, 5], "seeds": [0, 1]},
     "03": {"train_images_per_class": 4, "images_per_class": 4, "max_new_tokens": 6, "expansion": 2, "sae_steps": 30,
@@ -112,7 +112,11 @@ def suite(hub, site, tmp_path_factory):
     converted = root / "captioner"
     command = [sys.executable, "-m", "mmsae_helpers.models", "nlpconnect/vit-gpt2-image-captioning", str(converted)]
     subprocess.run(command, check=True, cwd=ROOT)
+    for block in (0, 6, 10, 12):
+        hub_of.neuronpedia(root / "v1", f"gemma-2b/{block}-res-jb")
+    hub_of.neuronpedia(root / "v1", "gemma-2b-it/12-res-jb")
     here = {"nlpconnect/vit-gpt2-image-captioning": str(converted), "https://api.openai.com/v1": site}
+    here["neuronpedia:"] = f"{root}/v1/"
     for name in (
         "uoft-cs/cifar100", "ILSVRC/imagenet-1k", "timm/mini-imagenet", "monology/pile-uncopyrighted",
         "HuggingFaceM4/OBELICS", "PKU-Alignment/align-anything", "openbmb/RLAIF-V-Dataset",
@@ -145,7 +149,12 @@ def test_a_notebook_runs_from_its_paper_yaml_to_its_report(suite, number):
     assert status["status"] == "ok", f"{status['error']}\n{status['traceback']}"
     results = json.loads((folder / "results.json").read_text())
     assert results["profile"] == "paper" and results["metrics"] and results["claims"]
-    assert (suite / "reports/paper" / f"{folder.name}.html").stat().st_size > 5000
+    page = (suite / "reports/paper" / f"{folder.name}.html").read_text()
+    assert len(page) > 5000
+    if number == "01":  # the post's table, and what the release says of its SAEs
+        assert "&lt;b&gt;" in page and "mentions of <b>" not in page and "underwater animals and" in page
+        assert results["metrics"]["sparsity_explained_variance_trained_says_the_release_12"]["value"] == -0.65
+        assert results["metrics"]["post_features_found"]["n"] == 40
 
 
 def at(hub, name, kind="models"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +41,20 @@ def sparsity(healths: Mapping[tuple, Health], d_in: int) -> dict[tuple, float]:
     for key, one in healths.items():
         found["L0 / d_model", *key], found["explained variance", *key] = one.l0 / d_in, one.explained_variance
         found["share of features alive", *key] = one.alive / len(one.firing_rate)
+    return found
+
+
+def published(source: str, layers: Iterable[int], d_in: int, sae_id: str) -> dict[tuple, float]:
+    """What sae-lens's registry says of a release's SAEs on their own text, in measures of `sparsity`, by (measure,
+    layer); nothing where ``source`` is no release, or where it says nothing (then it has L0 0 and a variance of 1)."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    found, release = {}, source != "train" and get_pretrained_saes_directory().get(source)
+    for layer in layers if release else ():
+        one = sae_id.format(layer=layer)
+        l0, explained = release.expected_l0.get(one, 0), release.expected_var_explained.get(one, 1)
+        found |= {("L0 / d_model", layer): l0 / d_in} if l0 else {}
+        found |= {("explained variance", layer): explained} if explained != 1 else {}
     return found
 
 
