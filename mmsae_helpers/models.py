@@ -361,6 +361,35 @@ class ChameleonAdapter(Adapter):
         return super().raw(text).replace("IMGIMG", "IMG IMG")
 
 
+class PaliGemmaAdapter(Adapter):
+    """PaliGemmaForConditionalGeneration (also PaliGemma 2): one picture, then one text, no chat template; patches are
+    SigLIP's, which has no class token. Both attend to both, so its image tokens depend on the question."""
+
+    def __init__(self, name, model, tokenizer, processor):
+        super().__init__(name, model, tokenizer, processor)
+        config, vision = model.config, model.config.vision_config
+        self.image_token_id, self._image_ids = config.image_token_id, torch.tensor([config.image_token_id])
+        self.patch_grid = (vision.image_size // vision.patch_size,) * 2
+
+    def prompt(self, question: str = "", image: bool = True) -> str:
+        """The form of the mixed checkpoints; without a question they write a caption."""
+        return self.image_words[1] * image + (question and f"answer en {question}")
+
+    def encode(self, texts, images=None, fits=True):
+        """As `Adapter.encode`. The processor writes BOS behind the picture, and the tokenizer none before a text."""
+        if images is None and self._special(texts[0]):
+            texts = [self.tokenizer.bos_token + text for text in texts]
+        inputs = super().encode(texts, images, fits)
+        return {key: x for key, x in inputs.items() if key != "labels"}
+
+    @torch.no_grad()
+    def vision_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """As `LlavaAdapter.vision_features`."""
+        pixels = self.processor.image_processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
+        hidden = self.model.model.vision_tower(pixels.to(self.device, self.model.dtype)).last_hidden_state
+        return hidden.mean(1).float().cpu()
+
+
 @contextmanager
 def attention_weights(model) -> Iterator[None]:
     """While open, ``model`` computes attention in the one form (eager) that gives its weights."""
@@ -373,6 +402,7 @@ def attention_weights(model) -> Iterator[None]:
 
 
 FAMILIES = {"chameleon": ChameleonAdapter, "llava": LlavaAdapter, "llava_next": LlavaNextAdapter}
+FAMILIES["paligemma"] = PaliGemmaAdapter
 FAMILIES["vision-encoder-decoder"] = CaptionerAdapter
 
 

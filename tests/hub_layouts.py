@@ -225,6 +225,36 @@ def llava(hub: Path, name: str = "llava-hf/llava-1.5-7b-hf") -> Path:
     return folder
 
 
+def paligemma(hub: Path, name: str = "google/paligemma2-3b-mix-224") -> Path:
+    """PaliGemma 2: Gemma 2 under SigLIP, whose processor knows the number of image tokens; no chat template."""
+    folder = repository(hub, name)
+    n = gemma_tokenizer(folder, ["<image>"], processor_class="PaliGemmaProcessor")
+    vocab = -(-(n + 1152) // 64) * 64  # the processor adds words for places and segments
+    text = text_config("gemma2", vocab, 18, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=8,
+                       sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+                       rms_norm_eps=1e-6, num_image_tokens=4)  # fmt: skip
+    del text["hidden_act"]
+    vision = clip_config(model_type="siglip_vision_model", num_image_tokens=4, projection_dim=WIDTH,
+                         projector_hidden_act="gelu_fast", vision_use_head=False)  # fmt: skip
+    config = {"architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma", "hidden_size": WIDTH,
+              "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "image_token_index": n - 1,
+              "num_hidden_layers": 18, "projection_dim": WIDTH, "text_config": text, "torch_dtype": "float32",
+              "transformers_version": "4.46.0.dev0", "vision_config": vision}  # fmt: skip
+
+    def old(key):
+        for of, to in {"language_model.": "language_model.model.", "vision_": "vision_", "multi_": "multi_"}.items():
+            key = key.replace(f"model.{of}", to, 1) if key.startswith(f"model.{of}") else key
+        return old_clip(key)
+
+    weights(folder, config, "PaliGemmaForConditionalGeneration", old, shards=2)
+    square = {"height": SIDE, "width": SIDE}
+    images = clip_processor("SiglipImageProcessor", "PaliGemmaProcessor", image_seq_length=4, do_convert_rgb=None,
+                            image_mean=[0.5] * 3, image_std=[0.5] * 3, size=square)  # fmt: skip
+    del images["crop_size"], images["do_center_crop"]
+    dump(folder / "preprocessor_config.json", images)
+    return folder
+
+
 def mistral(hub: Path, name: str = "mistralai/Mistral-7B-Instruct-v0.2") -> Path:
     """The language model that LLaVA-NeXT is made from; no pad token."""
     folder = repository(hub, name)

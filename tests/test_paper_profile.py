@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mmsae_helpers import data, models, saes
+from mmsae_helpers import activations, data, models, saes
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.suite import runner
 
@@ -51,7 +51,8 @@ MODELS = {"Intel/llava-gemma-2b": hub_of.llava_gemma, "llava-hf/llava-1.5-7b-hf"
           "llava-hf/llava-v1.6-mistral-7b-hf": hub_of.llava_next, "mistralai/Mistral-7B-Instruct-v0.2": hub_of.mistral,
           "facebook/chameleon-7b": hub_of.chameleon, "leloy/Anole-7b-v0.1-hf": hub_of.chameleon,
           "nlpconnect/vit-gpt2-image-captioning": hub_of.vit_gpt2, "microsoft/resnet-50": hub_of.resnet,
-          "google/gemma-2b": hub_of.gemma, "google/gemma-2b-it": hub_of.gemma}  # fmt: skip
+          "google/gemma-2b": hub_of.gemma, "google/gemma-2b-it": hub_of.gemma,
+          "google/paligemma2-3b-mix-224": hub_of.paligemma}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,21 @@ def test_a_model_loads_as_it_lies_on_the_hub(hub, name):
     assert (inputs["input_ids"] == adapter.tokenizer.bos_token_id).sum() == 1
     assert is_image.sum() == adapter.image_tokens((30, 40)) and set(patch[is_image].tolist()) >= {0, 1, 2, 3}
     assert adapter.forward(inputs).logits.isfinite().all()
+
+
+def test_paligemma_reads_picture_and_question_both_ways(hub):
+    adapter = models.load(str(at(hub, "google/paligemma2-3b-mix-224")), "cpu")
+    picture, questions = Image.new("RGB", (40, 30), (200, 10, 10)), ["what is it", "", "one big dolphin"]
+    given = adapter.encode([adapter.prompt(q) for q in questions], [picture] * 3)
+    (batch,) = activations.stream(adapter, [activations.Inputs(torch.arange(3), given)], [17], "image")
+    tokens = batch.acts[17].reshape(3, 4, -1)
+    assert batch.patch.tolist() == [0, 1, 2, 3] * 3 and (tokens[0] - tokens[2]).abs().min() > 1e-3
+    for i, question in enumerate(questions):
+        alone = adapter.encode([adapter.prompt(question)], [picture])
+        (one,) = activations.stream(adapter, [activations.Inputs(torch.arange(1), alone)], [17], "image")
+        assert torch.allclose(one.acts[17], tokens[i], atol=1e-4), "padding is not attended to"
+        assert adapter.answer(alone, 3) == adapter.answer(given, 3)[i : i + 1]
+    assert adapter.vision_features([picture]).shape == (1, 16) and adapter.crop(picture) is picture
 
 
 def fires_as_often(sae, spread=0.8):
