@@ -649,7 +649,8 @@ def main(argv=None) -> int:
             known = ", ".join(FACTS["gpus"])
             raise InputError(f"--gpu {asked.gpu} --tflops {asked.tflops}: give one of {known}, and a number above 0")
         needs = {}
-        for name in runner.select(runner.order(root), " ".join(asked.only)):
+        there = {k: v for k, v in runner.order(root).items() if (root / f"params/{asked.profile}/{k}.yaml").is_file()}
+        for name in runner.select(there, " ".join(asked.only)):
             needs[name] = estimate(root, asked.profile, name, gpu, asked.tflops)
             print("\n    ".join([name, *needs[name].told()]), flush=True)
         failing = no_room(needs.values())
