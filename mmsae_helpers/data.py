@@ -41,6 +41,7 @@ PLACEHOLDER = "<image>"
 PREFERENCE = ("image", "question", "chosen", "rejected")
 _TEXTS = ("caption", "question", "answer")
 _ALIASES = {"image": ("image", "img"), "fine_label": ("fine_label", "label"), "caption": ("caption", "text")}
+_ANSWERED = {"gpt_answer": "reference", "multiple_choice_answer": "reference", "question_type": "category"}
 _VALIDATION = ("validation", "val", "valid")  # one split
 _HIDDEN = (".", "__MACOSX")
 _TEXT = {"text": Value("string")}
@@ -377,14 +378,16 @@ def preferences(
 
 def benchmark(name: str, count: int, seed: int = 0, split: str | None = None) -> Dataset:
     """``count`` questions about images with a reference answer: image, question, category, reference. ``tinyworld``
-    (with the scenes' attributes), or a ``.parquet`` file or hub id laid out as LLaVA-Bench (gpt_answer, caption)."""
+    (with the scenes' attributes), or a ``.parquet`` file or hub id laid out as LLaVA-Bench (gpt_answer, caption) or
+    VQAv2 (question_type and multiple_choice_answer), of which the first are read."""
     if drawn := _world(name):
         split = _named(split or "test", world.SPLITS, "the embedded world")
         return world_preferences.benchmark(count, seed + drawn.seed, split)
     rows, part = _open(name, split, otherwise="train")
     rows = rows.select(_within(len(rows), part)) if part else rows
-    if "gpt_answer" in rows.column_names:
-        rows = rows.rename_column("gpt_answer", "reference")
+    for theirs, ours in _ANSWERED.items():
+        if theirs in rows.column_names and ours not in rows.column_names:
+            rows = rows.rename_column(theirs, ours)
     _need(name, rows.column_names, "image", "question", "category", "reference")
     return rows.select(range(min(count, len(rows)))).cast_column("image", Upright())
 

@@ -605,6 +605,22 @@ def llava_bench(hub: Path, n: int = 6) -> Path:
     return tables(folder, None, features, {"train": rows})
 
 
+def vqav2(hub: Path, n: int = 4) -> Path:
+    """lmms-lab/VQAv2: several questions an image one after the other, ten answers each; validation and test."""
+    folder = repository(hub, "lmms-lab/VQAv2", "datasets")
+    types = ["what color is the", "is the", "none of the above"]
+    rows = [
+        {"question_type": types[k], "multiple_choice_answer": text.split()[0], "answers": [
+            {"answer": text.split()[0], "answer_confidence": "yes", "answer_id": j} for j in range(1, 11)
+        ], "image_id": i // 3, "answer_type": "other", "question_id": 1000 * (i // 3) + k,
+         "question": f"{types[k]} {text}?", "image": {"bytes": picture(i // 3 % 6, i // 3), "path": None}}
+        for i, text in enumerate(sentences(3 * n, 51, 3)) for k in [i % 3]
+    ]  # fmt: skip
+    answers = List({"answer": Value("string"), "answer_confidence": Value("string"), "answer_id": Value("int64")})
+    kinds = {"image": Image(), "image_id": Value("int64"), "question_id": Value("int64"), "answers": answers}
+    return tables(folder, None, {key: kinds.get(key, Value("string")) for key in rows[0]}, {"validation": rows})
+
+
 def neuronpedia(bucket: Path, place: str, n: int = 20) -> Path:
     """What Neuronpedia's bucket has of a source, <model>/<source>: explanations in batches of gzipped JSON lines, an
     embedding as text in each; some features have none, some two; one has markup in it."""

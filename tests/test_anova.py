@@ -140,3 +140,19 @@ def test_explained_finds_the_attribute_and_gives_chance_nothing():
 def test_an_unbalanced_or_unrepeated_design_is_refused():
     with pytest.raises(InputError, match="at least 2"):
         anova.two_way(np.zeros((3, 4, 1, 2)))
+
+
+def test_a_crossed_table_tells_image_and_question_apart_and_own_questions_do_not():
+    rng = np.random.default_rng(0)
+    image, kind = np.repeat(np.arange(30), 6), np.tile(np.arange(6), 30)
+    noise = rng.normal(0, 0.1, (180, 3))
+    crossed = np.stack([rng.normal(size=30)[image], rng.normal(size=6)[kind], np.zeros(180)], 1) + noise
+    assert anova.told_apart(crossed, image, kind) == pytest.approx(
+        {"image alone": 1 / 3, "question alone": 1 / 3, "not told apart": 0}
+    )
+    own = image % 6  # all questions about an image are of the kind that fits it
+    by_kind = rng.normal(size=(6, 1))[own] + noise
+    assert anova.told_apart(by_kind, image, own)["not told apart"] == 1
+    once = anova.told_apart(by_kind, np.arange(180), own)
+    assert once["image alone"] == 0 == once["not told apart"], "an image seen once explains nothing"
+    assert anova.told_apart(np.zeros((180, 0)), image, kind)["image alone"] == 0

@@ -95,7 +95,7 @@ def hub(tmp_path_factory, site):
     hub_of.gemma_res_jb(hub, base)
     hub_of.gemma_it_res_jb(hub, base)
     pictures, preferences = (hub_of.cifar100, hub_of.imagenet), (hub_of.align_anything, hub_of.rlaif_v)
-    for make in (*pictures, hub_of.pile, *preferences, hub_of.llava_bench):
+    for make in (*pictures, hub_of.pile, *preferences, hub_of.llava_bench, hub_of.vqav2):
         make(hub)
     hub_of.imagenet(hub, "timm/mini-imagenet")
     hub_of.obelics(hub, site)
@@ -121,7 +121,7 @@ def suite(hub, site, tmp_path_factory):
     for name in (
         "uoft-cs/cifar100", "ILSVRC/imagenet-1k", "timm/mini-imagenet", "monology/pile-uncopyrighted",
         "HuggingFaceM4/OBELICS", "PKU-Alignment/align-anything", "openbmb/RLAIF-V-Dataset",
-        "lmms-lab/llava-bench-coco",
+        "lmms-lab/llava-bench-coco", "lmms-lab/VQAv2",
     ):  # fmt: skip
         here[name] = str(hub / f"datasets--{name.replace('/', '--')}" / "snapshots" / hub_of.SHA)
     (root / "params/paper").mkdir(parents=True)
@@ -156,6 +156,9 @@ def test_a_notebook_runs_from_its_paper_yaml_to_its_report(suite, number):
         assert "&lt;b&gt;" in page and "mentions of <b>" not in page and "underwater animals and" in page
         assert results["metrics"]["sparsity_explained_variance_trained_says_the_release_12"]["value"] == -0.65
         assert results["metrics"]["post_features_found"]["n"] == 40
+    if number == "07":
+        assert results["metrics"]["told_apart_standard_set_trained_not_told_apart"]["value"] == 0
+        assert "told_apart_own_questions_trained_not_told_apart" in results["metrics"]
 
 
 def at(hub, name, kind="models"):

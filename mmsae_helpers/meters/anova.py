@@ -126,3 +126,15 @@ def explained(effects, values) -> np.ndarray:
     whole = np.square(effects - effects.mean(0)).sum(0) / (len(effects) - 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(whole > 1e-12 * np.square(effects).mean(0), 1 - within / whole, np.nan)
+
+
+def told_apart(values, images, kinds, more_than: float = 0.5) -> dict[str, float]:
+    """Shares of features that vary with the image alone, with the kind of question alone, or with both, which cannot be
+    told apart: more than ``more_than`` is explained (`explained`) by the groups ``images`` [N], ``kinds`` [N], or each.
+
+    ``values`` [N, F] of any questions about images: where every image has its own, the groups overlap. What varies with
+    nothing, and a grouping in which no group has two rows, counts as not explained; no features at all, as 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        image, kind = (explained(values, by) > more_than for by in (images, kinds))
+    found = {"image alone": image & ~kind, "question alone": kind & ~image, "not told apart": image & kind}
+    return {part: float(rows.mean()) if len(rows) else 0.0 for part, rows in found.items()}

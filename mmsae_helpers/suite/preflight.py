@@ -34,7 +34,7 @@ GIB = 2**30
 NAMES = {  # parameters that name models and data sets, alone or in lists
     "model": "model text_model instruct_model control_model classifier image_classifier multimodal language_models "
     "other_models arms",
-    "dataset": "dataset text_dataset documents benchmark",
+    "dataset": "dataset text_dataset documents benchmark vqa",
 }
 PROMPT = 40  # tokens of a question and its template
 
