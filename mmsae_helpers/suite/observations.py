@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit  # quantiles of Student's t: scipy.stats takes a second to import
 
 from mmsae_helpers.errors import InputError
 
@@ -34,7 +34,7 @@ class Interval(NamedTuple):
         """The interval at another confidence level than .95: its sides scaled as those of a t-interval over n."""
         if self.lo is None:
             return self
-        wider = stats.t.ppf((1 + level) / 2, self.n - 1) / stats.t.ppf(0.975, self.n - 1)
+        wider = stdtrit(self.n - 1, (1 + level) / 2) / stdtrit(self.n - 1, 0.975)
         ends = (self.value + wider * (end - self.value) for end in (self.lo, self.hi))
         return Interval(self.value, *map(float, ends), self.n)
 
@@ -46,7 +46,7 @@ def mean_ci(values, level=0.95):
         raise InputError(f"mean_ci needs finite numbers, one per seed, got {values.tolist()}")
     if values.size == 1:
         return Interval(float(values[0]), None, None, 1)
-    half = stats.t.ppf((1 + level) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
+    half = stdtrit(values.size - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(values.size)
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), values.size)
 
 

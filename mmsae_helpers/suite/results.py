@@ -16,7 +16,6 @@ from mmsae_helpers.errors import InputError
 from mmsae_helpers.suite.claims import Claim, definitions
 from mmsae_helpers.suite.observations import Interval, Observations
 from mmsae_helpers.suite.parameters import check, defaults, repo_root
-from mmsae_helpers.workers import products
 
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "scikit-learn", "numpy", "scipy")
 
@@ -101,8 +100,7 @@ def provenance(parameters, started):
         "versions": versions | {package: version(package) for package in PACKAGES},
         "revision": revision(repo_root()),
         "platform": platform.platform(),
-        "device": _device(parameters.get("device", "auto")),
-        "products": products(),
+        **_machine(parameters.get("device", "auto")),
         "seeds": parameters.get("seeds", parameters.get("seed")),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "duration_s": round(time.time() - started, 1),
@@ -118,11 +116,15 @@ def revision(root):
         return "unknown"
 
 
-def _device(asked):
-    torch = sys.modules.get("torch")  # a notebook that never imported it ran on the CPU
-    if torch is None or asked == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return f"{asked} ({torch.cuda.get_device_name(0)})"
+def _machine(asked):
+    """Device, and the type that the CPU multiplies fast; a notebook that never imported torch ran on the CPU."""
+    torch = sys.modules.get("torch")  # which takes seconds to import
+    if torch is None:
+        return {"device": "cpu"}
+    from mmsae_helpers.workers import products
+
+    on_cpu = asked == "cpu" or not torch.cuda.is_available()
+    return {"device": "cpu" if on_cpu else f"{asked} ({torch.cuda.get_device_name(0)})", "products": products()}
 
 
 def ledger(profile):
