@@ -98,8 +98,8 @@ class Job(NamedTuple):
 
 def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> Iterator[dict]:
     """Mix a stream of TokenBatch into batches {layer: [batch_size, d]}, the same tokens in every layer, half of the
-    tokens in `buffer` at a time. A callable that returns a fresh stream is replayed without end; an iterator ends with
-    its tokens, less an incomplete batch."""
+    tokens in `buffer` at a time. A callable that returns a fresh stream is replayed without end, from memory where the
+    buffer holds it whole; an iterator ends with its tokens, less an incomplete batch."""
     order, held, rows = torch.Generator().manual_seed(seed), [], 0
 
     def draw(leave: int):
@@ -112,16 +112,21 @@ def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> It
         for chosen in perm[:n_drawn].split(batch_size) if n_drawn else ():
             yield {layer: acts[chosen] for layer, acts in pool.items()}
 
+    whole: list[dict] = []  # the stream, where the buffer holds all of it: then it is read once
     while True:
-        seen = 0
-        for batch in tokens() if callable(tokens) else tokens:
-            held.append(dict(batch.acts))
-            n = len(next(iter(batch.acts.values())))
+        seen, passed = 0, []
+        for acts in whole or (batch.acts for batch in (tokens() if callable(tokens) else tokens)):
+            n = len(next(iter(acts.values())))
             seen, rows = seen + n, rows + n
+            held.append(dict(acts))
+            passed.append(acts)
+            if seen > buffer:
+                passed.clear()
             if rows >= max(buffer, 2 * batch_size):
                 yield from draw(leave=rows // 2)
         if not seen or not callable(tokens):
             break
+        whole = passed
     if rows:
         yield from draw(leave=0)
 
