@@ -356,11 +356,7 @@ def preferences(
     for key in PREFERENCE[1:]:
         if getattr(kind := rows.features[key], "dtype", None) not in ("string", "large_string", "null"):
             raise InputError(f"column {key} of {name} has no text a row but {kind}: give one")
-    try:
-        rows = rows if isinstance(rows.features["image"], Image) else rows.cast_column("image", Image())
-    except Exception as error:  # whatever converting the column's kind leads to
-        kind = rows.features["image"]
-        raise InputError(f"column image of {name} has no image a row but {kind}: give one, or its path") from error
+    rows = rows if isinstance(rows.features["image"], Image) else _of_images(rows, name, Image())
     good, left_out, stored = [], Counter(), rows.cast_column("image", Image(decode=False))
     for i in order:
         if count is not None and len(good) == count:
@@ -410,9 +406,8 @@ def _unfit(row: dict, asked: bool) -> str | None:
     if row["chosen"].strip() == row["rejected"].strip():
         return "equal answers"
     try:
-        stored = row["image"] or {}
-        upright(stored.get("bytes") or stored["path"]).load()
-    except Exception:  # PIL raises a dozen kinds
+        _content(row["image"])
+    except Exception:  # as in `_decodable`
         return "image cannot be read"
     return None
 
@@ -696,11 +691,7 @@ def _normalised(dataset: Dataset, name: str) -> tuple[Dataset, np.ndarray]:
             _need(name, dataset.column_names, " or ".join(aliases))
         if found not in (None, wanted):
             dataset = dataset.rename_column(found, wanted)
-    try:
-        dataset = dataset.cast_column("image", Upright())
-    except Exception as error:  # whatever converting the column's kind leads to
-        kind = dataset.features["image"]
-        raise InputError(f"column image of {name} has no image a row but {kind}: give one, or its path") from error
+    dataset = _of_images(dataset, name, Upright())
     kind = dataset.features["fine_label"]
     if not hasattr(kind, "dtype"):
         raise InputError(f"column fine_label or label of {name} has no label a row but {kind}: give one")
@@ -714,16 +705,31 @@ def _normalised(dataset: Dataset, name: str) -> tuple[Dataset, np.ndarray]:
     return dataset.add_column("fine_label", labels, feature=ClassLabel(names=known)), labels
 
 
+def _of_images(rows: Dataset, name: str, feature: Image) -> Dataset:
+    """The rows with column image as ``feature``."""
+    try:
+        return rows.cast_column("image", feature)
+    except Exception as error:  # whatever converting the column's kind leads to
+        kind = rows.features["image"]
+        raise InputError(f"column image of {name} has no image a row but {kind}: give one, or its path") from error
+
+
+def _content(stored: dict | None) -> bytes:
+    """The file of an image as `datasets` stores it; raises whatever Pillow does where it cannot be decoded."""
+    if stored is None:
+        raise ValueError("there is none")
+    content = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+    upright(content).convert("RGB")
+    return content
+
+
 def _decodable(dataset: Dataset, rows, name: str, on_bad_image: str) -> tuple[Dataset, list[str], str]:
     """Decode every image once, so that a bad one is found before a long pass; returns what is left and its digest."""
     good, skipped, digest = [], [], hashlib.sha256(b"upright")
     for i, raw in enumerate(dataset.cast_column("image", Image(decode=False))["image"]):
         where = (raw and raw["path"] or f"row {rows[i]}")[-255:]  # which may be an image in base64
         try:
-            if raw is None:
-                raise ValueError("there is none")
-            content = raw["bytes"] if raw["bytes"] is not None else Path(raw["path"]).read_bytes()
-            upright(content).convert("RGB")
+            content = _content(raw)
         except Exception as error:  # Pillow raises half a dozen kinds for a damaged file
             if on_bad_image == "stop":
                 what = f"image {where} of {name} cannot be decoded ({first_line(error)[:200]})"

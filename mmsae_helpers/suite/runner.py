@@ -49,9 +49,6 @@ class Plan(NamedTuple):
     def executed(self, name):
         return self.reports / self.profile / f"{name}.ipynb"
 
-    def made_browser(self, name):
-        return self.result(name).with_name("browser") / "index.html"
-
     def browser(self, name):
         return self.reports / self.profile / f"{name}_browser" / "index.html"
 
