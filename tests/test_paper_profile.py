@@ -30,7 +30,7 @@ SIZES = {  # beside dtype float32, as a CPU is slow in bfloat16; shards of so fe
            "control": {"split": "train", "images": 12, "tokens": 200}, "rescale": True},  # so that features fire
     "02": {"label_documents": 20, "images_per_class": 10, "answer_images_per_class": 1, "compare_images_per_class": 6,
            "train_tenths": [1, 5], "seeds": [0, 1]},
-    "03": {"train_images_per_class": 4, "images_per_class": 4, "max_new_tokens": 6, "expansion": 2, "sae_steps": 30,
+    "03": {"train_images_per_class": 4, "images_per_class": 4, "max_new_tokens": 6, "expansion": 2, "sae_steps": 10,
            "sae_batch_size": 64, "loss_images": 8, "batch_size": 48, "layers": [0, 8, 11], "min_images": 2,
            "l1_coefficients": [1.0, 5.0], "printed_epochs": 1, "printed_lambdas": [0.001, 10.0]},
     "04": {"train_interleaved": 8, "test_interleaved": 6, "train_texts": 24, "test_texts": 12, "expansions": [2],
@@ -99,9 +99,13 @@ def hub(tmp_path_factory, site):
         make(hub)
     hub_of.imagenet(hub, "timm/mini-imagenet")
     hub_of.obelics(hub, site)
-    for key, value in {"HF_HUB_CACHE": hub, "HF_HUB_OFFLINE": 1, "HF_DATASETS_CACHE": hub / "datasets"}.items():
+    # as in conftest.py, in the kernels too: a dozen streams that sleep 5 s each
+    (hub / "sitecustomize.py").write_text(
+        "import datasets.config\n\ndatasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1\n"
+    )
+    here = {"HF_HUB_CACHE": hub, "HF_HUB_OFFLINE": 1, "HF_DATASETS_CACHE": hub / "datasets", "OMP_NUM_THREADS": 1}
+    for key, value in (here | {"PYTHONPATH": hub}).items():
         patch.setenv(key, str(value))
-    patch.setenv("OMP_NUM_THREADS", "1")
     yield hub
     patch.undo()
 
@@ -136,8 +140,8 @@ def suite(hub, site, tmp_path_factory):
         values = yaml.safe_load(text) | sizes | {"dtype": "float32", "device": "cpu"}
         if number == "06":
             few = {"cosine", "random directions", "IFD"}
-            arms = [(of, [one for one in by if one in few], shares[:2]) for *of, by, shares in values["arms"]]
-            values["arms"] = [[*of, by, shares] for of, by, shares in arms]
+            arms = [(of, [one for one in by if one in few], shares) for *of, by, shares in values["arms"]]
+            values["arms"] = [[*of, by, shares[: 1 + (i < 2)]] for i, (of, by, shares) in enumerate(arms)]
         (root / "params/paper" / f"{notebook.stem}.yaml").write_text(yaml.safe_dump(values))
     return root
 
