@@ -2,6 +2,7 @@
 
 import html
 import textwrap
+from itertools import zip_longest
 
 import numpy as np
 
@@ -90,6 +91,16 @@ def heat(ax, frame, low, high):
     ax.set_xticks(range(frame.shape[1]), frame.columns, rotation=40, ha="right")
     ax.set_yticks(range(len(frame)), frame.index)
     ax.grid(visible=False)
+
+
+def pictures(axes, images, titles=(), **look):
+    """Images in ``axes``, in their order, without frames or ticks, each under its title (``look``: of the titles); axes
+    that are left over stay empty."""
+    for ax, image, title in zip_longest(np.ravel(axes), images, titles):
+        ax.set_axis_off()
+        if image is not None:
+            ax.imshow(image)
+            ax.set_title(title or "", **{"fontsize": 9} | look)
 
 
 def caption(fig, sentence, lead=False):
