@@ -14,12 +14,13 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from mmsae_helpers import data
+from mmsae_helpers import data, scale
 from mmsae_helpers.activations import TokenBatch, stream
 from mmsae_helpers.errors import InputError
 
@@ -33,14 +34,20 @@ class Tokens:
     ``make(start, stop, layers)`` yields TokenBatches of samples start to stop - 1. ``description`` (JSON) says what of,
     layers and batch size left out: it names the shards and whatever is made from the tokens, such as trained SAEs. With
     a folder there is one TokenBatch a shard, made and stored where it is missing, truncated or altered; ``computed``
-    and ``reused`` count shard files. InputError when the disk is full.
+    and ``reused`` count shard files. InputError when the disk is full. Where `scale.workers` are asked for they make
+    what is missing, each with ``make`` on a ``device`` of its own; without a folder they pass on ``batch_size`` samples
+    at a time, of which ``make`` makes one TokenBatch.
     """
 
-    def __init__(self, make, description: dict, layers: Iterable[int], n_samples: int, folder=None, shard_samples=500):
+    def __init__(
+        self, make, description: dict, layers: Iterable[int], n_samples: int, folder=None, shard_samples=500, *,
+        batch_size=1, device="cpu",
+    ):  # fmt: skip
         self.make, self.description, self.n_samples = make, description, n_samples
+        self.batch_size, self.device = batch_size, device
         self.layers, self.shard_samples = sorted(set(layers)), shard_samples
         self.stored = {**description, "stored_dtype": "float32"}
-        self.folder = folder and Path(folder) / fingerprint(self.stored)[:16]
+        self.folder = folder and Path(folder).absolute() / fingerprint(self.stored)[:16]
         self.computed, self.reused, self.image = 0, 0, None
 
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -48,8 +55,14 @@ class Tokens:
         return whole if self.image is None else (b.rows(b.is_image == self.image) for b in whole)
 
     def _whole(self) -> Iterator[TokenBatch]:
+        n = scale.workers()
         if not self.folder:
-            yield from self.make(0, self.n_samples, self.layers)
+            if not n:
+                yield from self.make(0, self.n_samples, self.layers)
+                return
+            for found in scale.spread(self._columns, self._ranges(self.batch_size), n, self.device):
+                found = {k: torch.from_numpy(v.copy()) for k, v in found.items()}  # Ray's memory is read-only
+                yield TokenBatch({layer: found.pop(f"acts {layer}") for layer in self.layers}, **found)
             return
         # nested bars scroll in notebooks
         shown = not self.folder.is_dir() and not getattr(tqdm, "_instances", ())
@@ -57,9 +70,25 @@ class Tokens:
         for left in self.folder.glob("*/*.tmp-*"):  # of a run that was killed, not of one that goes on
             if left.stat().st_mtime < time.time() - 3600:
                 left.unlink(missing_ok=True)
-        starts = range(0, self.n_samples, self.shard_samples)
-        for start in tqdm(starts, "activations", mininterval=1, disable=not shown):
-            yield self._shard(start, min(start + self.shard_samples, self.n_samples))
+        ranges = self._ranges(self.shard_samples)
+        if n and (missing := [some for some in ranges if not all(p.exists() for p in self._paths(*some).values())]):
+            done = scale.spread(self._stored, missing, n, self.device)
+            made = sum(int(one["computed"][0]) for one in tqdm(done, "shards", len(missing), disable=not shown))
+            self.computed, self.reused = self.computed + made, self.reused - made
+        for some in tqdm(ranges, "activations", mininterval=1, disable=not shown):
+            yield self._shard(*some)
+
+    def _ranges(self, n: int) -> list[tuple[int, int]]:
+        return [(start, min(start + n, self.n_samples)) for start in range(0, self.n_samples, n)]
+
+    def _columns(self, start: int, stop: int) -> dict:
+        (batch,) = self.make(start, stop, self.layers)
+        return {f"acts {k}": v.numpy() for k, v in batch.acts.items()} | {k: getattr(batch, k).numpy() for k in _BESIDE}
+
+    def _stored(self, start: int, stop: int) -> dict:
+        before = self.computed
+        self._shard(start, stop)
+        return {"computed": np.array([self.computed - before])}
 
     def only(self, image: bool) -> "Tokens":
         """The image tokens of this pass, or all others, from the same shards."""
@@ -67,9 +96,12 @@ class Tokens:
         part.image, part.description = image, {**self.description, "image": image}
         return part
 
-    def _shard(self, start: int, stop: int) -> TokenBatch:
+    def _paths(self, start: int, stop: int) -> dict[int, Path]:
         name = f"samples_{start:06d}-{stop:06d}.safetensors"
-        paths = {layer: self.folder / f"layer_{layer:02d}" / name for layer in self.layers}
+        return {layer: self.folder / f"layer_{layer:02d}" / name for layer in self.layers}
+
+    def _shard(self, start: int, stop: int) -> TokenBatch:
+        paths = self._paths(start, stop)
         shards = {layer: _load(path) for layer, path in paths.items()}
         if missing := [layer for layer in self.layers if shards[layer] is None]:
             batches = list(self.make(start, stop, missing))
@@ -82,6 +114,7 @@ class Tokens:
         self.reused += len(self.layers) - len(missing)
         first = shards[self.layers[0]]
         if any(not torch.equal(shard[k], first[k]) for shard in shards.values() for k in _BESIDE):
+            name = paths[self.layers[0]].name
             raise InputError(f"layers of {name} hold different tokens, so the data changed: delete {self.folder}")
         acts = {layer: shard["acts"] for layer, shard in shards.items()}
         return TokenBatch(acts, is_image=first["is_image"], **{k: first[k].long() for k in _INT})
@@ -114,7 +147,7 @@ def of_images(
     batches = partial(data.batches, adapter, dataset, batch_size, question=question, texts=texts)
     about = {"images": images.fingerprint, "rows": [start, start + len(dataset)]}
     about["prompt"] = adapter.prompt(question) if texts is None else fingerprint(texts)
-    return _tokens(adapter, batches, about, layers, len(dataset), folder, keep, reading)
+    return _tokens(adapter, batches, about, layers, len(dataset), folder, keep, reading, batch_size)
 
 
 def of_texts(
@@ -128,15 +161,16 @@ def of_texts(
         digest.update(f"{', ' * bool(i)}{json.dumps(content)}".encode())
     digest.update(b"]")
     about = {"texts": digest.hexdigest(), "max_tokens": max_tokens}
-    return _tokens(adapter, batches, about, layers, len(texts), folder, keep, reading)
+    return _tokens(adapter, batches, about, layers, len(texts), folder, keep, reading, batch_size)
 
 
-def _tokens(adapter, batches, about, layers, n_samples, folder, keep, reading) -> Tokens:
+def _tokens(adapter, batches, about, layers, n_samples, folder, keep, reading, batch_size) -> Tokens:
     def make(start, stop, layers):
         return stream(adapter, batches(start=start, stop=stop), layers, keep, reading)
 
     about |= {"model": fingerprint(adapter), "dtype": str(adapter.model.dtype), "keep": keep, "reading": reading}
-    return Tokens(make, about, layers, n_samples, folder)
+    of = dict(batch_size=batch_size, device=adapter.device.type)
+    return Tokens(make, about, layers, n_samples, folder, **of)
 
 
 def fingerprint(thing) -> str:

@@ -1,10 +1,12 @@
 """The model adapter: where a family keeps its decoder blocks, and which tokens are which image patch; everything else
 in the package is family-blind. Shapes: B inputs, T positions (padded right)."""
 
+import copy
 import math
 import re
 import shutil
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -50,6 +52,14 @@ class Adapter:
         if tokenizer.pad_token is None:
             raise InputError(f"the tokenizer of {name} has no pad, eos or unk token: name one as its pad_token")
         tokenizer.padding_side = "right"
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"model": _unhooked(self.model)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        with torch.device("meta"):  # what a class can record transformers notes where one is made
+            type(self.model)(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -467,6 +477,15 @@ def resolve(name: str) -> str:
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise InputError(f"model {name} does not exist: give a folder, a hub id owner/name, or tinyworld/<model>")
     return name
+
+
+def _unhooked(module: torch.nn.Module) -> torch.nn.Module:
+    """The module, its weights shared, without the hooks that transformers adds in the first pass and cannot pickle."""
+    twin = copy.copy(module)
+    twin._forward_hooks = OrderedDict()
+    twin._modules = {k: m if m is None else _unhooked(m) for k, m in module._modules.items()}
+    twin.__dict__.pop("_output_capturing_hooks_installed", None)  # so that it adds them anew
+    return twin
 
 
 def pick_device(device: str = "auto") -> str:
