@@ -43,7 +43,7 @@ def test_environment_yml_installs_the_package_with_the_pins():
     assert last["pip"] == ["-c constraints.txt", "-e .[dev]"], "versions stand in constraints.txt alone"
     (python,) = [d.split("=")[1] for d in conda if d.startswith("python")]
     assert Requirement(f"python{PROJECT['project']['requires-python']}").specifier.contains(python)
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"dev", "real"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == {"dev", "real", "scale"}
 
 
 def test_what_real_asks_to_install_is_its_extra():
