@@ -27,6 +27,7 @@ from torch import Tensor
 from mmsae_helpers import data
 from mmsae_helpers.cache import fingerprint
 from mmsae_helpers.errors import InputError, first_line
+from mmsae_helpers.launch import launched
 
 FROZEN = re.compile(r"(^|\.)(vision_tower|vision_model|vqmodel)\.")
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
@@ -154,17 +155,19 @@ class _Columns:
         return _Columns, (None, self.how)  # what `datasets` hashes: else all weights of the model
 
 
+@launched
 def fine_tune(
     adapter, rows: datasets.Dataset, how: str = "sft", *, seed: int, learning_rate: float, batch_size: int,
     accumulate: int = 1, epochs: float | None = None, steps: int | None = None, warmup_steps: int = 0,
     beta: float = 0.1, bf16: bool = False, folder: str | Path | None = None, save_steps: int = 0,
-    callbacks: Sequence = (), **options,
+    callbacks: Sequence = (), after: Callable | None = None, **options,
 ) -> list[dict]:  # fmt: skip
     """Tune ``adapter.model`` in place on question and chosen answer ("sft"), or on chosen against rejected ("dpo").
 
     Takes ``epochs`` through the rows, or exactly ``steps`` optimisation steps (rows again as often as needed), of
     ``batch_size * accumulate`` rows in an order drawn from ``seed``, at a cosine schedule; ``options`` are more of
     TRL's. With ``folder`` and ``save_steps`` it goes on from the last checkpoint there, which must be of this run.
+    ``after`` is shown TRL's trainer in the end. Where MMSAE_ACCELERATE is set, `launch` has several processes do it.
     Returns TRL's log, one dict a step. Raises InputError for no rows, another ``how``, or not one of epochs and steps.
     """
     if how not in ("sft", "dpo") or (epochs is None) == (steps is None):
@@ -199,6 +202,8 @@ def fine_tune(
         gc.freeze()  # accelerate collects garbage twice a run, and all there is before it is not of this run
         try:
             run.train(resume_from_checkpoint=last and str(last.parent))
+            if after:
+                after(run)
         finally:
             gc.unfreeze()
     return [{k: v for k, v in e.items() if "logits" not in k} for e in run.state.log_history if "loss" in e]
