@@ -643,13 +643,11 @@ def main(argv=None) -> int:
     hf.utils.logging.set_verbosity_error()
     try:
         root, gpu = parameters.repo_root(), asked.gpu.lower()
-        if asked.profile not in (known := parameters.profiles(root)):
-            raise InputError(f"PROFILE={asked.profile}: no folder params/{asked.profile}; there are {', '.join(known)}")
+        there = runner.of_profile(runner.order(root), root, asked.profile)
         if gpu not in FACTS["gpus"] or asked.tflops is not None and not asked.tflops > 0:
             known = ", ".join(FACTS["gpus"])
             raise InputError(f"--gpu {asked.gpu} --tflops {asked.tflops}: give one of {known}, and a number above 0")
         needs = {}
-        there = {k: v for k, v in runner.order(root).items() if (root / f"params/{asked.profile}/{k}.yaml").is_file()}
         for name in runner.select(there, " ".join(asked.only)):
             needs[name] = estimate(root, asked.profile, name, gpu, asked.tflops)
             print("\n    ".join([name, *needs[name].told()]), flush=True)

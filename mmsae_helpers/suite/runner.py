@@ -93,6 +93,14 @@ def select(needs, only):
     return [name for name in needs if name in wanted]
 
 
+def of_profile(needs, root, profile):
+    """Of notebooks as in `order`, those that the profile has a parameter file for: the others take no part in it.
+    `InputError` for a profile that is not there."""
+    if profile not in (known := parameters.profiles(root)):
+        raise InputError(f"PROFILE={profile}: no folder params/{profile}; there are {', '.join(known)}")
+    return {name: need for name, need in needs.items() if (root / "params" / profile / f"{name}.yaml").is_file()}
+
+
 def digest(files, *more):
     """SHA-256 over the names and contents of those ``files`` that are there, and over JSON values."""
     found = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files if path.is_file()]
@@ -122,8 +130,7 @@ def run(root=None, profile="tiny", only="", single=False, ledger=False, artifact
     """Run what is out of date, render what changed, write the index page; returns how many notebooks did not complete.
 
     ``only``: first letters of notebook names ("03", "01,02"); what they need runs too if it is out of date. ``single``
-    also writes each report as one self-contained file. A notebook that the profile has no parameter file for takes no
-    part. ``ledger`` runs nothing: it copies ``ledger.md`` of the last
+    also writes each report as one self-contained file. ``ledger`` runs nothing: it copies ``ledger.md`` of the last
     notebook to reports/<profile>_ledger.md, which is committed; `InputError` where anything is out of date.
     ``artifacts`` and ``reports`` are MMSAE_ARTIFACTS and MMSAE_REPORTS, else in ``root``. A notebook is out of date
     when its cells, parameters, the results it needs, the package or the pins are not those of its last good run, whose
@@ -132,12 +139,10 @@ def run(root=None, profile="tiny", only="", single=False, ledger=False, artifact
     root = Path(root or parameters.repo_root()).resolve()
     needs = order(root)
     chosen = select(needs, "" if ledger else only)
-    if profile not in (known := parameters.profiles(root)):
-        raise InputError(f"PROFILE={profile}: no folder params/{profile}; there are {', '.join(known)}")
+    needs = of_profile(needs, root, profile)
     given = {"artifacts": artifacts, "reports": reports}
     folders = [Path(path or os.environ.get(f"MMSAE_{k.upper()}") or root / k).resolve() for k, path in given.items()]
     plan = Plan(root, profile, *folders)
-    needs = {name: need for name, need in needs.items() if plan.params(name).is_file()}
     if not (chosen := [name for name in chosen if name in needs]):
         raise InputError(f"no parameter file in params/{profile} for '{only}'; there are {', '.join(needs) or 'none'}")
     with _lock(plan):
