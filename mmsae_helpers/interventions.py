@@ -75,8 +75,9 @@ def first_words(adapter, batches, edits: Mapping[Hashable, tuple[int, Edit]], ke
     for sample, inputs in batches:
         rows = torch.arange(len(inputs["input_ids"]), device=adapter.device)
         last = (inputs["attention_mask"].cumsum(1)).argmax(1)
-        for key, logits in _logits(adapter, sample, inputs, edits, keep):
-            ids = logits[rows, last].argmax(1).tolist()
+        ends, own = last.unique(return_inverse=True)
+        for key, logits in _logits(adapter, sample, inputs, edits, keep, ends):
+            ids = logits[rows, own].argmax(1).tolist()
             found[key] += [adapter.tokenizer.decode([i]).strip().lower() for i in ids]
     return {key: np.array(words) for key, words in found.items()}
 
@@ -128,21 +129,28 @@ def as_large(size, wanted, barred) -> list[int]:
     return found
 
 
-def _logits(adapter, sample, inputs, edits: Mapping, keep: str) -> Iterator[tuple[Hashable, torch.Tensor]]:
-    """(None, logits [B, T, vocabulary] as they are), then (key, those of each edit)."""
+def _logits(adapter, sample, inputs, edits: Mapping, keep: str, positions=None) -> Iterator[tuple]:
+    """(None, logits [B, T, vocabulary] as they are), then (key, those of each edit); or of the positions given alone,
+    and then the same ones again, without another pass, where an edit changes nothing."""
+    which = {} if positions is None else {"logits_to_keep": positions}
     mask = kept(adapter, inputs, adapter.image_mask(inputs["input_ids"]), keep)
     of = sample.to(mask.device)[mask.nonzero(as_tuple=True)[0]]
     tuples = []
     with hooked(adapter, {layer for layer, _ in edits.values()}, stop=False) as held:
         with adapter.blocks[0].register_forward_hook(lambda _m, _i, out: tuples.append(isinstance(out, tuple))):
-            yield None, adapter.forward(inputs).logits
+            plain = adapter.forward(inputs | which).logits
+    yield None, plain
+    plain = plain if which else None  # those of all positions are too large to keep
     words = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     again = inputs if adapter.image_token_id is None else words  # a captioner's blocks read the picture themselves
     for key, (layer, edit) in edits.items():
         hidden = held[layer].clone()
         hidden[mask] = edit(hidden[mask].float(), of).to(hidden)
+        if which and torch.equal(hidden, held[layer]):
+            yield key, plain
+            continue
         with _resumed(adapter, layer, (hidden,) if tuples[0] else hidden):
-            yield key, adapter.forward(again).logits
+            yield key, adapter.forward(again | which).logits
 
 
 @contextmanager

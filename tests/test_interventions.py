@@ -76,6 +76,22 @@ def test_going_on_from_a_block_is_the_whole_pass_bit_for_bit(name):
     assert not any(block._forward_hooks or "forward" in vars(block) for block in adapter.blocks)
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.endswith("vit-gpt2")])
+def test_logits_of_some_positions_and_no_pass_for_an_edit_that_changes_nothing(name, monkeypatch):
+    adapter, passes = models.load(name), []
+    layer, ends = adapter.n_layers // 2, torch.tensor([-2, -1])
+    edits = {"none": (layer, lambda x, _: 0 * x), "same": (layer, lambda x, _: x), "again": (0, lambda x, _: x)}
+    sample, inputs = asked(adapter)[0]
+    with torch.no_grad():
+        every = dict(interventions._logits(adapter, sample, inputs, edits, "image"))
+        forward = adapter.forward
+        monkeypatch.setattr(adapter, "forward", lambda given: passes.append(1) or forward(given))
+        few = dict(interventions._logits(adapter, sample, inputs, edits, "image", ends))
+    assert len(passes) == 2, "one as it is and one for the edit that changes something"
+    for key, logits in every.items():
+        assert torch.allclose(few[key], logits[:, ends], atol=1e-5)
+
+
 def test_first_words_are_the_answers_own():
     adapter = models.load("tinyworld/llava")
     found = interventions.first_words(adapter, asked(adapter), {"none": (0, lambda x, _: 0 * x)})
