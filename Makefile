@@ -4,7 +4,7 @@
 #   SINGLE=1              also each report as one self-contained HTML file, to mail
 # make ledger             reports/PROFILE_ledger.md, which is committed, from a run of all notebooks (a run leaves it alone)
 # make preflight PROFILE=paper   what that would need and what would fail, before the first download
-#   GPU=a100              on another GPU (mmsae_helpers/suite/preflight.yaml lists them); TFLOPS=350 if you measured it
+#   GPU=a100              on another GPU (mmsae_helpers/suite/preflight.yaml lists them); TFLOPS=350 if you measured it, TFLOPS=here to measure now
 # make test               the tests;  make hygiene: format, lint, no stored outputs
 # make lab                JupyterLab on the notebooks
 # Each makes .venv when it is missing or older than the pins; python3 and make are all it needs.

@@ -136,6 +136,7 @@ def test_sizes_of_the_papers_models():
     tokens = {name: preflight.Model(name).image((672, 672)) for name in weights if "resnet" not in name}
     assert tokens["Intel/llava-gemma-2b"] == (576, 1)
     assert tokens["llava-hf/llava-v1.6-mistral-7b-hf"] == (576 + 48 * 49, 5)
+    assert weights["google/paligemma2-3b-mix-224"] == 3.03 and tokens["google/paligemma2-3b-mix-224"] == (256, 1)
     assert tokens["facebook/chameleon-7b"] == (1026, 1) and tokens["nlpconnect/vit-gpt2-image-captioning"] == (0, 1)
 
 
@@ -213,6 +214,17 @@ def test_measured_throughput_scales_all_hours_of_products(cheap):
     name = "07_standard_question_set"
     slow, fast = (preflight.estimate(ROOT, "paper", name, tflops=x).hours()["passes"] for x in (100, 400))
     assert slow == pytest.approx(4 * fast)
+
+
+def test_throughput_is_measured_on_the_spot(cheap, monkeypatch):
+    for name in ("tinyworld/gemma", "tinyworld/vit-gpt2", "tinyworld/chameleon"):
+        assert 0 < preflight.Model(name).speed("cpu", 16) < 1000
+    monkeypatch.setattr(preflight.Model, "speed", lambda model: model.n_weights / 1e9)
+    name = "01_llava_transfer_signal"
+    given, here = (preflight.estimate(ROOT, "paper", name, tflops=x) for x in (2.51, "here"))
+    assert here.measured == pytest.approx(2.51, abs=0.5), "its largest model"
+    assert here.hours()["passes"] == pytest.approx(given.hours()["passes"] * 2.51 / here.measured)
+    assert any("TFLOP/s, measured here" in line for line in here.told()) and not given.measured
 
 
 def test_what_the_hub_says(monkeypatch):

@@ -23,6 +23,7 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmsae_helpers import models, saes
@@ -160,7 +161,26 @@ class Model:
         (m2, f2), (m3, f3) = (self._short(n, batch, tokens, dtype, head, grad) for n in (2, 3))
         return m2 + max(blocks - 2, 0) * (m3 - m2), f2 + (blocks - 2) * (f3 - f2)
 
-    def _short(self, blocks, batch, tokens, dtype, head, grad):
+    @cache  # noqa: B019 - models live as long as the program
+    def speed(self, device="auto", tokens=1024) -> float:
+        """TFLOP/s in bfloat16 that two decoder blocks reach on this machine's ``device``, weights random."""
+        (_, flops), device = self._short(2, 1, tokens, torch.bfloat16, False, ""), models.pick_device(device)
+        short, config = self._cut(2, torch.bfloat16)
+        short = short.base_model.to_empty(device=device).requires_grad_(False)
+        given = {"inputs_embeds": torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, device=device)}
+        if getattr(config, "add_cross_attention", False):
+            seen = (1, 1 + math.prod(self.adapter.patch_grid), config.hidden_size)
+            given["encoder_hidden_states"] = torch.randn(seen, dtype=torch.bfloat16, device=device)
+        for tensor in (*short.parameters(), *short.buffers()):
+            if config.vocab_size not in tensor.shape:  # nothing is embedded
+                tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
+        timer = Timer(
+            "run(**given, use_cache=False)", globals={"run": short, "given": given}, num_threads=os.cpu_count()
+        )
+        return flops / timer.blocked_autorange(min_run_time=2).median / 1e12
+
+    def _cut(self, blocks, dtype):
+        """The language model with so many blocks, on the meta device, and its config."""
         config = copy.deepcopy(self.config.get_text_config())
         config.num_hidden_layers = blocks
         if getattr(config, "layer_types", None):
@@ -168,7 +188,10 @@ class Model:
         text = type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
         factory = hf.AutoModelForCausalLM if text else hf.AutoModelForImageTextToText
         with torch.device("meta"):
-            short = factory.from_config(config, dtype=dtype)
+            return factory.from_config(config, dtype=dtype), config
+
+    def _short(self, blocks, batch, tokens, dtype, head, grad):
+        short, config = self._cut(blocks, dtype)
         short.requires_grad_(grad == "weights").train(grad == "weights")
         with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(bool(grad)):
             short.to_empty(device="cpu")
@@ -221,10 +244,10 @@ class Needs:
     accept; ``problems``: a line for each thing that would fail.
     """
 
-    def __init__(self, name: str, v: dict, gpu: str = "h100", tflops: float | None = None):
+    def __init__(self, name: str, v: dict, gpu: str = "h100", tflops: float | str | None = None):
         self.v, self.gpu, self.problems, self.licences, self.models = v, FACTS["gpus"][gpu], [], set(), {}
+        self.measured = None
         self.flops, self.seconds, self.disk, self.phases = Counter(), Counter(), Counter(), []
-        self.faster = tflops / (self.gpu["bfloat16"] * FACTS["utilisation"]["bfloat16"]) if tflops else 1
         self.dtype = getattr(torch, v.get("dtype", "float32"), None)
         if not isinstance(self.dtype, torch.dtype):
             raise InputError(f"{name}: no dtype {v['dtype']!r}; choose bfloat16 or float32")
@@ -236,6 +259,10 @@ class Needs:
                     self._named(one, kind)
                 except InputError as error:
                     self.problems.append(str(error))
+        if tflops == "here" and (asked := [m for m in self.models.values() if m.adapter]):
+            tflops = self.measured = max(asked, key=lambda m: m.n_weights).speed()
+        reached = self.gpu["bfloat16"] * FACTS["utilisation"]["bfloat16"]
+        self.faster = tflops / reached if tflops and tflops != "here" else 1
         if name[:2] in RECIPES and not self.problems:
             try:
                 RECIPES[name[:2]](self, v)
@@ -388,6 +415,8 @@ class Needs:
             "disk": {what: f"{n:.1f}" for what, n in disk.items()},
         }
         total = {"disk": f"; together {disk.total():.0f} GiB", "hours": f"; together {sum(self.hours().values()):.1f}"}
+        if self.measured:
+            total["hours"] += f" at {self.measured:.3g} TFLOP/s, measured here"
         total["GPU"] = f"; at once {self.at_once(most) / GIB:.1f} of {self.gpu['memory']} GiB" if most else ""
         lines = [
             f"{row:8}{', '.join(map(' '.join, cells.items()))}{total.get(row, '')}"
@@ -637,16 +666,19 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser("python -m mmsae_helpers.suite.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="paper", help="folder of params/ (default: paper)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(FACTS['gpus'])} (default: h100)")
-    parser.add_argument("--tflops", type=float, help="TFLOP/s measured in bfloat16; other kinds in proportion")
+    what = "TFLOP/s measured in bfloat16, or here: of two blocks of its largest model, now; other kinds in proportion"
+    parser.add_argument("--tflops", type=lambda x: x if x == "here" else float(x), metavar="T", help=what)
     parser.add_argument("only", nargs="*", help="first letters of notebook names, as in 03 or 01,02")
     asked = parser.parse_args(argv)
     hf.utils.logging.set_verbosity_error()
     try:
         root, gpu = parameters.repo_root(), asked.gpu.lower()
         there = runner.of_profile(runner.order(root), root, asked.profile)
-        if gpu not in FACTS["gpus"] or asked.tflops is not None and not asked.tflops > 0:
+        if gpu not in FACTS["gpus"] or asked.tflops not in (None, "here") and not asked.tflops > 0:
             known = ", ".join(FACTS["gpus"])
-            raise InputError(f"--gpu {asked.gpu} --tflops {asked.tflops}: give one of {known}, and a number above 0")
+            raise InputError(
+                f"--gpu {asked.gpu} --tflops {asked.tflops}: give one of {known}, and a number above 0 or here"
+            )
         needs = {}
         for name in runner.select(there, " ".join(asked.only)):
             needs[name] = estimate(root, asked.profile, name, gpu, asked.tflops)
