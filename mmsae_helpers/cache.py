@@ -72,7 +72,7 @@ class Tokens:
                 left.unlink(missing_ok=True)
         ranges = self._ranges(self.shard_samples)
         if n and (missing := [some for some in ranges if not all(p.exists() for p in self._paths(*some).values())]):
-            done = scale.spread(self._stored, missing, n, self.device)
+            done = scale.spread(self._store, missing, n, self.device)
             made = sum(int(one["computed"][0]) for one in tqdm(done, "shards", len(missing), disable=not shown))
             self.computed, self.reused = self.computed + made, self.reused - made
         for some in tqdm(ranges, "activations", mininterval=1, disable=not shown):
@@ -85,7 +85,7 @@ class Tokens:
         (batch,) = self.make(start, stop, self.layers)
         return {f"acts {k}": v.numpy() for k, v in batch.acts.items()} | {k: getattr(batch, k).numpy() for k in _BESIDE}
 
-    def _stored(self, start: int, stop: int) -> dict:
+    def _store(self, start: int, stop: int) -> dict:
         before = self.computed
         self._shard(start, stop)
         return {"computed": np.array([self.computed - before])}

@@ -164,23 +164,19 @@ class Model:
     @cache  # noqa: B019 - models live as long as the program
     def speed(self, device="auto", tokens=1024) -> float:
         """TFLOP/s in bfloat16 that two decoder blocks reach on this machine's ``device``, weights random."""
-        (_, flops), device = self._short(2, 1, tokens, torch.bfloat16, False, ""), models.pick_device(device)
-        short, config = self._cut(2, torch.bfloat16)
-        short = short.base_model.to_empty(device=device).requires_grad_(False)
-        given = {"inputs_embeds": torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, device=device)}
-        if getattr(config, "add_cross_attention", False):
-            seen = (1, 1 + math.prod(self.adapter.patch_grid), config.hidden_size)
-            given["encoder_hidden_states"] = torch.randn(seen, dtype=torch.bfloat16, device=device)
-        for tensor in (*short.parameters(), *short.buffers()):
-            if config.vocab_size not in tensor.shape:  # nothing is embedded
+        (short, shapes), device = self._language(2, 1, tokens, torch.bfloat16), models.pick_device(device)
+        run, n_words = short.base_model.to_empty(device=device).requires_grad_(False), short.config.vocab_size
+        given = {name: torch.randn(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes.items()}
+        for tensor in (*run.parameters(), *run.buffers()):
+            if n_words not in tensor.shape:  # nothing is embedded
                 tensor.normal_(std=0.02) if tensor.is_floating_point() else tensor.zero_()
-        timer = Timer(
-            "run(**given, use_cache=False)", globals={"run": short, "given": given}, num_threads=os.cpu_count()
-        )
+        known = {"run": run, "given": given}
+        timer = Timer("run(**given, use_cache=False)", globals=known, num_threads=os.cpu_count())
+        flops = self._short(2, 1, tokens, torch.bfloat16, False, "")[1]
         return flops / timer.blocked_autorange(min_run_time=2).median / 1e12
 
-    def _cut(self, blocks, dtype):
-        """The language model with so many blocks, on the meta device, and its config."""
+    def _language(self, blocks, batch, tokens, dtype):
+        """The language model with so many blocks, on the meta device, and the shapes of what it is given."""
         config = copy.deepcopy(self.config.get_text_config())
         config.num_hidden_layers = blocks
         if getattr(config, "layer_types", None):
@@ -188,19 +184,20 @@ class Model:
         text = type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
         factory = hf.AutoModelForCausalLM if text else hf.AutoModelForImageTextToText
         with torch.device("meta"):
-            return factory.from_config(config, dtype=dtype), config
+            short = factory.from_config(config, dtype=dtype)
+        shapes = {"inputs_embeds": (batch, tokens, config.hidden_size)}
+        if getattr(config, "add_cross_attention", False):  # the encoder's states, projected where widths differ
+            shapes["encoder_hidden_states"] = (batch, 1 + math.prod(self.adapter.patch_grid), config.hidden_size)
+        return short, shapes
 
     def _short(self, blocks, batch, tokens, dtype, head, grad):
-        short, config = self._cut(blocks, dtype)
+        short, shapes = self._language(blocks, batch, tokens, dtype)
         short.requires_grad_(grad == "weights").train(grad == "weights")
         with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(bool(grad)):
             short.to_empty(device="cpu")
-            given = {"inputs_embeds": torch.empty(batch, tokens, config.hidden_size, dtype=dtype)}
+            given = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
             if grad:
                 given["labels"] = torch.zeros(batch, tokens, dtype=torch.int64)
-            if getattr(config, "add_cross_attention", False):  # the encoder's states, projected where widths differ
-                seen = 1 + math.prod(self.adapter.patch_grid)
-                given["encoder_hidden_states"] = torch.empty(batch, seen, config.hidden_size, dtype=dtype)
             given["inputs_embeds"].requires_grad_(grad == "inputs")
 
             def run():

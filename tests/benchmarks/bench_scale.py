@@ -46,7 +46,9 @@ def main() -> None:
         one = one or whole - start
         print(f"| {workers or 'none'} | {start:.1f} | {whole:.1f} | {one / (whole - start):.2f}x |", flush=True)
         if workers:
-            __import__("ray").shutdown()
+            import ray
+
+            ray.shutdown()
 
 
 if __name__ == "__main__":
