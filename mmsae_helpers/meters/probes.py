@@ -6,6 +6,7 @@ Shapes: n rows (images), d features, k classes. Sparse features are made dense f
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +20,9 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from mmsae_helpers.errors import InputError
+
+# a split of one row a class is meant; a filter for the process, as fits run in threads
+warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
 
 RELATIVE_ALPHAS = (30.0, 10.0, 3.0, 1.0, 0.1, 0.01)  # times n_train: a standardised feature's squared norm
 SHRINKAGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # added to the covariance of standardised features

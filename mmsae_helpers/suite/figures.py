@@ -89,7 +89,7 @@ def heat(ax, frame, low, high):
         strong = abs(2 * (value - low) / (high - low) - 1) > 0.65
         ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if strong else "black")
     ax.set_xticks(range(frame.shape[1]), frame.columns, rotation=40, ha="right")
-    ax.set_yticks(range(len(frame)), frame.index)
+    ax.set_yticks(range(len(frame)), [" ".join(key) if isinstance(key, tuple) else key for key in frame.index])
     ax.grid(visible=False)
 
 
