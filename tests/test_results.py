@@ -1,5 +1,6 @@
 import json
 
+import IPython.display
 import numpy as np
 import pytest
 import throwaway
@@ -14,7 +15,7 @@ from mmsae_helpers.suite.results import Run
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    throwaway.write(tmp_path, "01_x", parameters='profile = "tiny"\nlr = 0.1\nseeds = [0, 1, 2]')
+    throwaway.write(tmp_path, "01_x", parameters='profile = "tiny"\nlr = 0.1\nseeds = [0, 1, 2]\nnot_asked = {}')
     monkeypatch.setenv("MMSAE_ROOT", str(tmp_path))
     monkeypatch.delenv("MMSAE_ARTIFACTS", raising=False)
     monkeypatch.delenv("MMSAE_REPORTS", raising=False)
@@ -22,7 +23,7 @@ def root(tmp_path, monkeypatch):
 
 
 def values(**given):
-    return {"profile": "tiny", "lr": 0.1, "seeds": [0, 1, 2], "other": 3} | given
+    return {"profile": "tiny", "lr": 0.1, "seeds": [0, 1, 2], "not_asked": {}, "other": 3} | given
 
 
 def test_mean_ci_is_the_t_interval():
@@ -67,7 +68,7 @@ def test_run_writes_the_contract(root):
     run.save()
     written = json.loads((root / "artifacts/tiny/01_x/results.json").read_text())
     assert set(written) == {"notebook", "profile", "parameters", "metrics", "claims", "provenance"}
-    assert written["parameters"] == {"profile": "tiny", "lr": 0.1, "seeds": [0, 1, 2]}
+    assert written["parameters"] == {"profile": "tiny", "lr": 0.1, "seeds": [0, 1, 2], "not_asked": {}}
     assert written["metrics"]["f1"]["n"] == 3 and len(written["metrics"]["f1"]["ci"]) == 2
     assert written["metrics"]["tokens"] == {"value": 7, "ci": None, "n": None, "unit": ""}
     assert written["metrics"]["broken"]["value"] is None
@@ -112,6 +113,19 @@ def test_ledger_has_every_claim_and_says_not_run(root):
     table.loc[0, "varied"] = "a | <script>"
     text = results.to_markdown(table)
     assert "a \\| &lt;script&gt;" in text and len(text.splitlines()) == len(table) + 2
+
+
+def test_a_claim_that_the_models_cannot_decide_has_no_verdict(root, monkeypatch):
+    with pytest.raises(InputError, match=r"01_x: not_asked names \['A99'\]; claims are A1"):
+        Run("01_x", values(not_asked={"A99": "why"}))
+    run = Run("01_x", values(not_asked={"A1": "there is no base model"}))
+    run.claim("A1").primary(seeds(0.1, 0.2, 0.15), control=seeds(0.1, 0.2, 0.1))
+    run.save()
+    assert results.ledger("tiny")[0][1:] == (None, "")
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    run.claim("A1")._ipython_display_()
+    assert [one.data.split("** ")[1] for one in shown] == ["Not asked here: there is no base model."]
 
 
 def test_many_metrics_at_once_get_plain_names(root):

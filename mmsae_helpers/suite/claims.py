@@ -46,13 +46,14 @@ class Claim:
     """What a run says about one claim; built by ``run.claim(id)``, it shows itself and goes to results.json.
 
     Effects are `Observations` or `Interval`s, in the claim's unit. The primary effect alone gives the two verdicts, *as
-    stated*, and *beyond control*: the effect minus the control's. Parts inform, at Holm's levels.
+    stated*, and *beyond control*: the effect minus the control's. Parts inform, at Holm's levels. ``not_asked`` is why
+    the run's models or data cannot decide it: then it shows that, and no verdict.
     """
 
-    def __init__(self, id: str):
+    def __init__(self, id: str, not_asked: str = ""):
         if id not in definitions():
             raise InputError(f"there is no claim '{id}'; known are {', '.join(definitions())}")
-        self.about, self._primary = definitions()[id], None
+        self.about, self.not_asked, self._primary = definitions()[id], not_asked, None
         self._parts, self._readings, self._sensitivity = {}, {}, {}
 
     def primary(self, effect, control=None) -> Claim:
@@ -136,7 +137,11 @@ class Claim:
         return effect
 
     def _ipython_display_(self):
-        show(self.as_dict())
+        if not self.not_asked:
+            return show(self.as_dict())
+        from IPython.display import Markdown, display
+
+        display(Markdown(f"**{self.about.id}. {self.about.says}** Not asked here: {self.not_asked}."))
 
 
 def show(said: dict) -> None:

@@ -43,6 +43,8 @@ class Run:
         self.reports = Path(os.environ.get("MMSAE_REPORTS", repo_root() / "reports"))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics, self._claims, self._started = {}, {}, time.time()
+        if unknown := set(self.parameters.get("not_asked", {})) - set(definitions()):
+            raise InputError(f"{notebook}: not_asked names {sorted(unknown)}; claims are {', '.join(definitions())}")
 
     def metric(self, name, value, ci=None, n=None, unit=""):
         """Record a number (or an `Interval`); again under the same name replaces it."""
@@ -61,8 +63,11 @@ class Run:
             self.metric(re.sub(r"\W+", "_", f"{prefix}_{what}").strip("_"), value, unit=unit)
 
     def claim(self, id):
-        """What this run says about a claim of claims.yaml: a `Claim` to give effects to, the same one each time."""
-        return self._claims.setdefault(id, Claim(id))
+        """What this run says about a claim of claims.yaml: a `Claim` to give effects to, the same one each time.
+
+        Parameter ``not_asked`` {id: why} names those that the run's models cannot decide; they are not saved.
+        """
+        return self._claims.setdefault(id, Claim(id, self.parameters.get("not_asked", {}).get(id, "")))
 
     def save(self):
         """Write ``results.json`` into the run's folder, whole or not at all."""
@@ -72,7 +77,7 @@ class Run:
             "profile": self.profile,
             "parameters": self.parameters,
             "metrics": self._metrics,
-            "claims": [claim.as_dict() for claim in self._claims.values()],
+            "claims": [claim.as_dict() for claim in self._claims.values() if not claim.not_asked],
             "provenance": provenance(self.parameters, self._started),
         }
         text = json.dumps(content, default=lambda item: item.tolist() if hasattr(item, "tolist") else str(item))
