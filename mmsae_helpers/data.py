@@ -269,7 +269,7 @@ def documents(name: str, count: int, seed: int = 0) -> Documents:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path} as a text file in UTF-8: {first_line(error)[:200]}") from error
     else:
-        rows = _open(name, None, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
+        rows = _shuffled(_open(name, None, streaming=True, otherwise="train")[0], seed, 10_000)
         _need(name, rows.column_names or ["text"], "text")
         texts = _stored(({"text": row["text"]} for row in rows.take(count)), _TEXT)
     if len(texts) < count:
@@ -290,7 +290,7 @@ def interleaved(name: str, count: int, seed: int = 0, split: str | None = None) 
     if drawn := _world(name):
         split = _named(split or "train", world.SPLITS, "the embedded world")
         return Documents([Interleaved(*d) for d in world.interleaved(count, seed + drawn.seed, split, drawn.sizes)])
-    rows = _open(name, split, streaming=True, otherwise="train")[0].shuffle(seed=seed, buffer_size=10_000)
+    rows = _shuffled(_open(name, split, streaming=True, otherwise="train")[0], seed, 10_000)
     _need(name, rows.column_names or ["images", "texts"], "images", "texts")
     skipped, numbered = [], enumerate(rows.decode(False))
 
@@ -606,6 +606,11 @@ def _cache_of(folder: Path) -> str:
     return str(Path(datasets.config.HF_DATASETS_CACHE) / f"mmsae_copy-{digest[:16]}")
 
 
+def _shuffled(rows: IterableDataset, seed: int, buffer_size: int) -> IterableDataset:
+    """Shuffled in a buffer that is filled from one shard after the other: ten at a time, as is usual, are in memory."""
+    return rows.shuffle(seed=seed, buffer_size=buffer_size, max_buffer_input_shards=1)
+
+
 def _drawn(rows: IterableDataset, per_class: int, seed: int, on_bad_label: str) -> Dataset | None:
     """``per_class`` rows of each class, or all there are, shuffled in a buffer; None where classes have no names.
 
@@ -617,7 +622,7 @@ def _drawn(rows: IterableDataset, per_class: int, seed: int, on_bad_label: str) 
 
     def drawn():
         counts, missing = Counter(), per_class * known[label].num_classes
-        for row in rows.decode(False).shuffle(seed=seed, buffer_size=1_000):
+        for row in _shuffled(rows.decode(False), seed, 1_000):
             if row[label] is None or row[label] < 0:
                 yield dict.fromkeys(row)
                 missing *= on_bad_label == "skip"
