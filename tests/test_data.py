@@ -608,6 +608,18 @@ def test_documents_are_read_as_asked_for(tmp_path, monkeypatch):
     assert about[0] == about[1] == cache.fingerprint(list(some)) and about[2] == cache.fingerprint([])
 
 
+def test_a_shuffled_draw_opens_one_shard_after_the_other(tmp_path):
+    (tmp_path / ".gitattributes").write_text("")
+    for shard in range(3):
+        texts = [f"{shard} {i}" for i in range(40)]
+        Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"train-{shard}.parquet", batch_size=10)
+    rows = data._shuffled(data._open(str(tmp_path), None, streaming=True, otherwise="train")[0], 0, 10)
+    drawn = [row["text"] for row in rows]
+    shards = [text.split()[0] for text in drawn]
+    assert len(set(shards[:30])) == 1 and len(set(drawn)) == 120
+    assert drawn != sorted(drawn)
+
+
 @pytest.mark.parametrize("metadata", [True, False])
 def test_a_copy_of_a_hub_repository_is_read_as_the_hub_would(tmp_path, metadata):
     """By its folder and configuration, streamed or not, whatever else lies there."""
