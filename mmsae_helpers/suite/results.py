@@ -42,9 +42,11 @@ class Run:
         self.folder, self.cache, self.saes = base / notebook, base / "cache", base / "saes"
         self.reports = Path(os.environ.get("MMSAE_REPORTS", repo_root() / "reports"))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._metrics, self._claims, self._started = {}, {}, time.time()
-        if unknown := set(self.parameters.get("not_asked", {})) - set(definitions()):
+        not_asked = self.parameters.get("not_asked", {})
+        if unknown := set(not_asked) - set(definitions()):
             raise InputError(f"{notebook}: not_asked names {sorted(unknown)}; claims are {', '.join(definitions())}")
+        self._claims = {id: Claim(id, why) for id, why in not_asked.items()}
+        self._metrics, self._started = {}, time.time()
 
     def metric(self, name, value, ci=None, n=None, unit=""):
         """Record a number (or an `Interval`); again under the same name replaces it."""
@@ -67,7 +69,7 @@ class Run:
 
         Parameter ``not_asked`` {id: why} names those that the run's models cannot decide; they are not saved.
         """
-        return self._claims.setdefault(id, Claim(id, self.parameters.get("not_asked", {}).get(id, "")))
+        return self._claims.setdefault(id, Claim(id))
 
     def save(self):
         """Write ``results.json`` into the run's folder, whole or not at all."""
