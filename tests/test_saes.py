@@ -1,16 +1,20 @@
 """SAEs: the lean training loop against sae-lens's own, saving, sources, controls and measures."""
 
+import math
 from dataclasses import replace
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmsae_helpers import saes
 from mmsae_helpers.activations import TokenBatch
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters.feed import feed
-from mmsae_helpers.meters.health import HealthMeter
+from mmsae_helpers.meters.health import HealthMeter, at_equal_l0
 
 D_IN, D_SAE, BATCH = 32, 96, 128
 CONFIG = saes.TrainingConfig(
@@ -192,6 +196,27 @@ def test_learns_sparse_code_and_random_control_does_not():
     y = held_out - control.b_dec
     assert (x_hat * (y - x_hat)).sum().abs() < 1e-4 * x_hat.square().sum(), "no factor on the decoder would be better"
     assert not torch.equal(control.W_dec, saes.random_sae(sae, held_out, seed=2).W_dec)
+
+
+curves = st.lists(st.tuples(st.floats(1, 100), st.floats(0.01, 1)), min_size=2, max_size=5, unique_by=lambda p: p[0])
+
+
+@given(curves, curves, st.floats(0.1, 10))
+def test_errors_are_compared_at_equal_l0(ours, theirs, factor):
+    """Against the plain definition, a fine grid over the L0 that both curves reach; never beyond it."""
+    found = at_equal_l0(ours, theirs)
+    low = max(min(np.log(x) for x, _ in curve) for curve in (ours, theirs))
+    high = min(max(np.log(x) for x, _ in curve) for curve in (ours, theirs))
+    if low >= high:
+        assert math.isnan(found)
+        return
+    grid = low + (high - low) * (np.arange(20000) + 0.5) / 20000
+    mine, other = (np.interp(grid, *np.log(sorted(c)).T) for c in (ours, theirs))
+    assert found == pytest.approx((mine - other).mean(), abs=1e-2)
+    assert at_equal_l0(theirs, ours) == pytest.approx(-found, abs=1e-9)
+    assert at_equal_l0([(x, factor * y) for x, y in ours], ours) == pytest.approx(math.log(factor), abs=1e-9)
+    assert at_equal_l0([*ours, (0.0, 1.0)], theirs) == found  # an SAE without a feature that fires
+    assert math.isnan(at_equal_l0([(0.0, 1.0)], theirs))
 
 
 def test_random_control_of_an_sae_on_another_device(monkeypatch):

@@ -44,6 +44,27 @@ def sparsity(healths: Mapping[tuple, Health], d_in: int) -> dict[tuple, float]:
     return found
 
 
+def at_equal_l0(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """ln of how many times as large the error of ``ours`` is as that of ``theirs``, where as many features are active.
+
+    Each is [penalties, 2], the L0 and the error of SAEs that differ in their sparsity alone; their curves are linear
+    between these points, both axes logarithmic, and nowhere else: the answer is the mean over the ln L0 that both
+    reach, and NaN where there is none. An SAE whose features never fire is no point of a curve.
+    """
+    curves = []
+    for points in (ours, theirs):
+        points = np.array(sorted(tuple(np.log(point)) for point in points if min(point) > 0)).reshape(-1, 2)
+        curves.append(points.T)
+    if not all(x.size for x, _ in curves):
+        return float("nan")
+    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    if not low < high:
+        return float("nan")
+    at = np.unique(np.clip(np.concatenate([x for x, _ in curves]), low, high))  # every kink of either
+    mine, other = (np.interp(at, x, y) for x, y in curves)
+    return float(np.trapezoid(mine - other, at) / (high - low))
+
+
 def published(source: str, layers: Iterable[int], d_in: int, sae_id: str) -> dict[tuple, float]:
     """What sae-lens's registry says of a release's SAEs on their own text, in measures of `sparsity`, by (measure,
     layer); nothing where ``source`` is no release, or where it says nothing (then it has L0 0 and a variance of 1)."""

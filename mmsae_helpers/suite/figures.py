@@ -124,7 +124,8 @@ def caption(fig, sentence, lead=False):
 def forest(said, about):
     """Figure of a claim (`claims.Claim.as_dict`): the primary effect and its control, parts, readings, sensitivity.
 
-    A diamond is an effect, a ring its control's; the line is what the verdict is judged against.
+    A diamond is an effect, a ring its control's; the line is what the verdict is judged against. A part so far off that
+    it would flatten all others stands at the edge as an arrow; every effect is also printed.
     """
     import matplotlib.pyplot as plt
 
@@ -136,12 +137,24 @@ def forest(said, about):
     rows += [
         (f"{name} {value}", part, None, 4) for name, by in said["sensitivity"].items() for value, part in by.items()
     ]
-    fig, ax = plt.subplots(figsize=(7.2, 0.34 * len(rows) + 0.9))
+    fig, ax = plt.subplots(figsize=(8.6, 0.34 * len(rows) + 0.9))
     for y, (_, effect, control, i) in enumerate(rows):
         _whisker(ax, y, effect, PALETTE[i], marker="D", ms=7 if y < 2 else 5)
         if control:
             _whisker(ax, y + 0.25, control, "#666666", marker="o", mfc="white", ms=5)
+        ends = "" if effect["ci"] is None else " [{:.3g}, {:.3g}]".format(*effect["ci"])
+        ax.text(1.02, y, f"{effect['effect']:.3g}{ends}", transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
     ax.axvline(stated["null"], color="#444444", lw=1, ls="--", marker="")
+    main = [x for one in (stated, beyond, beyond.get("control")) if one for x in (one["effect"], *(one["ci"] or []))]
+    low, high = min([*main, stated["null"]]), max([*main, stated["null"]])
+    low, high = (end + sign * 2 * (high - low) for end, sign in ((low, -1), (high, 1)))
+    ax.set_xlim(max(low, ax.get_xlim()[0]), min(high, ax.get_xlim()[1]))
+    for y, (_, effect, _, i) in enumerate(rows):
+        if not low <= effect["effect"] <= high:
+            edge = effect["effect"] > high
+            ax.plot(
+                int(edge), y, transform=ax.get_yaxis_transform(), color=PALETTE[i], marker="<>"[edge], clip_on=False
+            )
     ax.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
     ax.set(xlabel=about.unit, ylim=(len(rows) - 0.4, -0.6))
     ax.grid(axis="y", visible=False)

@@ -513,6 +513,7 @@ def _04(n, v):
     """Each call of the notebook's `train` takes a pass for every ``saes_together`` SAEs, and so does each measurement,
     of each kind of token."""
     seeds, B, side, steps = len(v["seeds"]), v["sae_batch_size"], v["saes_together"], v["sae_steps"]
+    swept = len(v["sweep_l1"]) * seeds
     size = {"text": (v["text_batch_size"], "text_batch_size"), "mixed": (v["batch_size"], "batch_size")}
     n.fetch(v["dataset"], v["train_interleaved"] + v["test_interleaved"])
     twins = []
@@ -538,14 +539,16 @@ def _04(n, v):
         n.phase([model])
         for _ in range(1 if config in twins else 2):  # the untrained twin, which models of one shape share
             for kind in sample:
-                learn(model, kind, sample[kind], at, width, seeds)
+                for number in (seeds, swept):
+                    learn(model, kind, sample[kind], at, width, number)
         if i == 0:
             learn(model, "mixed", sample["mixed"], at, width, seeds, share=sample["mixed"][2])  # image tokens alone
-            for wide, length in {(w, s) for w in (1, 2) for s in (*v["length_steps"], steps)} - {(1, steps)}:
-                learn(model, "mixed", sample["mixed"], at, wide * width, seeds, length, beside=seeds)
-            measure(model, "mixed", sample["mixed"], at, width, 4 * len(v["length_steps"]) * seeds)
-        meets = [(2 + (i == 0) + 2 * bool(base)) * seeds] + [2 * seeds] * (config not in twins)
-        for number in meets:
+            sized = {(w, s) for w in v["widths"] for s in (*v["length_steps"], steps)} - {(1, steps)}
+            for wide, length in sized:
+                learn(model, "mixed", sample["mixed"], at, int(wide * width), seeds, length, beside=seeds)
+            measure(model, "mixed", sample["mixed"], at, width, math.ceil(sum(w for w, _ in sized)) * seeds)
+        meets = [(2 + (i == 0) + bool(base)) * seeds, (2 + bool(base)) * swept]
+        for number in meets + [2 * seeds, 2 * swept] * (config not in twins):
             measure(model, "text", sample["text"], at, width, number)
             measure(model, "mixed", sample["mixed"], at, width, number, 2)  # images, and words
         n.run(model, 2 * v["loss_documents"] * (2 + 2 * seeds), sample["mixed"], *size["mixed"])
@@ -553,8 +556,10 @@ def _04(n, v):
         if base:
             n.phase([base])
             plain = n.document(v["text_dataset"], base, cut)
-            learn(base, "text", plain, at, width, 2 * seeds)
-            measure(base, "text", plain, at, width, meets[0])
+            for number in (seeds, swept):
+                learn(base, "text", plain, at, width, number)
+            for number in meets:
+                measure(base, "text", plain, at, width, number)
 
 
 def _sae_v(n, v, name, model, layer, autocast, trained, batch, param):
