@@ -70,13 +70,24 @@ class Tokens:
         for left in self.folder.glob("*/*.tmp-*"):  # of a run that was killed, not of one that goes on
             if left.stat().st_mtime < time.time() - 3600:
                 left.unlink(missing_ok=True)
-        ranges = self._ranges(self.shard_samples)
-        if n and (missing := [some for some in ranges if not all(p.exists() for p in self._paths(*some).values())]):
-            done = scale.spread(self._store, missing, n, self.device)
-            made = sum(int(one["computed"][0]) for one in tqdm(done, "shards", len(missing), disable=not shown))
-            self.computed, self.reused = self.computed + made, self.reused - made
-        for some in tqdm(ranges, "activations", mininterval=1, disable=not shown):
+        if n:
+            self._by_workers(n, shown)
+        for some in tqdm(self._ranges(self.shard_samples), "activations", mininterval=1, disable=not shown):
             yield self._shard(*some)
+
+    def at_rest(self) -> "Tokens":
+        """This pass for workers: every shard is there, made now where it was not, and the model is not sent along."""
+        self._by_workers(scale.workers(), True)
+        part = copy(self)
+        part.make = partial(_gone, self.folder)
+        return part
+
+    def _by_workers(self, n: int, shown: bool) -> None:
+        ranges = self._ranges(self.shard_samples)
+        missing = [some for some in ranges if not all(path.exists() for path in self._paths(*some).values())]
+        done = scale.spread(self._store, missing, n, self.device) if missing else []
+        made = sum(int(one["computed"][0]) for one in tqdm(done, "shards", len(missing), disable=not shown))
+        self.computed, self.reused = self.computed + made, self.reused - made
 
     def _ranges(self, n: int) -> list[tuple[int, int]]:
         return [(start, min(start + n, self.n_samples)) for start in range(0, self.n_samples, n)]
@@ -134,6 +145,10 @@ def _load(path: Path) -> dict[str, torch.Tensor] | None:
         reason = str(error)
     warnings.warn(f"damaged shard {path} will be made again: {reason}", stacklevel=4)
     return None
+
+
+def _gone(folder, *_):
+    raise InputError(f"a shard of {folder} was damaged or taken away during the run; run again, which makes it anew")
 
 
 def of_images(

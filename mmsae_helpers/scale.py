@@ -25,6 +25,7 @@ class _Worker:
     def __init__(self, function):
         import ray
 
+        os.environ["MMSAE_WORKERS"] = "0"  # it has none of its own
         self.function = ray.get(function)
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

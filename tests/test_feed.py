@@ -18,8 +18,8 @@ from mmsae_helpers.meters.words import ImageScan, Words
 D_IN, D_SAE, LAYERS, PATCHES = 16, 48, (0, 3), 4
 
 
-def an_sae(seed):
-    sae = StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=D_SAE))
+def an_sae(seed, d_in=D_IN):
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=D_SAE))
     draw = torch.Generator().manual_seed(seed)
     for name in ("W_enc", "W_dec", "b_enc"):
         weight = getattr(sae, name)

@@ -8,11 +8,16 @@ import sys
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
+from test_feed import LAYERS, all_meters, an_sae, plain
+from test_feed import tokens as made_up
 
 from mmsae_helpers import cache, data, models, scale
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.meters import samples
+from mmsae_helpers.meters.feed import feed
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,47 @@ def test_two_workers_equal_the_single_process_bit_for_bit_though_one_dies_in_mid
     assert [len(batch.sample.unique()) for batch in passed] == [25] * 3
     assert all(torch.equal(a[: len(b)], b) for a, b in zip(single, flat(passed), strict=True))
     assert passed[0].acts[1].add_(1).is_contiguous()
+
+
+def test_meters_on_two_workers_become_what_they_become_here(ray, tmp_path):
+    batches = list(made_up())
+
+    def make(start, stop, layers):
+        found = batches[start // 5]
+        yield found._replace(acts={layer: found.acts[layer] for layer in layers})
+
+    saes = {(layer, seed): an_sae(10 * layer + seed) for layer in LAYERS for seed in (0, 1)}
+    here, there = all_meters(saes), all_meters(saes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMSAE_WORKERS", "0")
+        want = feed(here, cache.Tokens(make, {}, LAYERS, 15, tmp_path / "one", 5))
+    got = feed(there, tokens := cache.Tokens(make, {}, LAYERS, 15, tmp_path / "two", 5))
+    assert tokens.computed == 6 and files(tmp_path / "one") == files(tmp_path / "two")
+    for key in want:
+        for ours, theirs in zip(plain(want[key]), plain(got[key]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert all(there[key].sae is saes[key[1:3]] for key in there)
+    shard = next(tokens.folder.glob("layer_00/*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(InputError, match="a shard of .* was damaged or taken away during the run; run again"):
+        feed(all_meters(saes), tokens)
+
+
+def test_scores_by_two_workers_equal_those_of_one_process(ray):
+    adapter = models.load("tinyworld/llava-next", "cpu")
+    rows = data.preferences("tinyworld", 7, 0).dataset
+    saes = {seed: an_sae(seed, adapter.d_model) for seed in (0, 1)}
+    starts = samples.starts(adapter, rows["question"], rows["image"])
+    weights = np.random.default_rng(0).random(saes[0].cfg.d_sae)
+    meters = {seed: samples.SampleScores(sae, 1, weights, starts, 0.01) for seed, sae in saes.items()}
+    found = []
+    for n in ("0", "2"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MMSAE_WORKERS", n)
+            found.append(samples.scored(adapter, rows, meters, starts, 2, 2))
+    (here, beside), (there, too) = found
+    assert beside.equals(too) and len(beside) == len(rows) and beside.notna().all(axis=None)
+    assert all(here[seed].equals(there[seed]) for seed in saes) and not meters[0].frames
 
 
 def test_what_a_worker_cannot_do_is_said(ray):

@@ -6,12 +6,17 @@ and gives a ``result()``. Several meters of one SAE share its encoding.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from itertools import groupby
+from copy import deepcopy
+from itertools import chain, groupby
 
+import numpy as np
 import scipy.sparse as sp
+import torch
 
+from mmsae_helpers import scale
 from mmsae_helpers.meters.features import encode_chunks, to_csr
 from mmsae_helpers.saes import lent
 from mmsae_helpers.workers import crew
@@ -40,10 +45,14 @@ def feed(meters: Mapping, tokens: Iterable, *, device=None, together: int | None
 
     Each SAE is encoded once a batch for all meters that read it at the same block and scale, several SAEs side by side;
     dense features exist for 2,048 tokens at a time. ``device`` lends a device to the SAEs, ``together`` at a time: then
-    ``tokens`` must be fit for several passes. Raises InputError where residuals are not finite.
+    ``tokens`` must be fit for several passes. Where `scale.workers` are asked for and ``tokens`` are kept in a folder,
+    as `cache.Tokens` may be, each reads them for its share of the SAEs. InputError where residuals are not finite.
     """
     order = sorted(meters.values(), key=_read)
     readers = [list(some) for _, some in groupby(order, _read)]
+    if min(scale.workers(), len(readers)) > 1 and getattr(tokens, "folder", None):
+        results = _by_workers(readers, tokens.at_rest(), device, together)
+        return {key: results[id(meter)] for key, meter in meters.items()}
     n = together or len(readers) or 1
     for part in (readers[i : i + n] for i in range(0, len(readers), n)):
         saes = {id(some[0].sae): some[0].sae for some in part}
@@ -52,6 +61,29 @@ def feed(meters: Mapping, tokens: Iterable, *, device=None, together: int | None
                 for batch in tokens:
                     each(lambda some, batch=batch: _add(some, batch), part)
     return {key: meter.result() for key, meter in meters.items()}
+
+
+def _by_workers(readers: list[list[Meter]], tokens, device, together) -> dict[int, object]:
+    """`feed` on `scale.workers`, an equal part of the SAEs on each: results by the meters' ids. The meters here become
+    what theirs have become."""
+
+    def fed(start: int, stop: int) -> dict[str, np.ndarray]:
+        own = deepcopy(list(chain(*readers[start:stop])))  # what Ray sends is read-only
+        found = feed(dict(enumerate(own)), tokens, device=device, together=together)
+        states = [{name: value for name, value in vars(meter).items() if name != "sae"} for meter in own]
+        results = [None if found[i] is meter else found[i] for i, meter in enumerate(own)]
+        return {"fed": np.frombuffer(pickle.dumps((states, results)), np.uint8)[None]}
+
+    n, results = min(scale.workers(), len(readers)), {}
+    cuts = np.linspace(0, len(readers), n + 1).astype(int).tolist()
+    items = list(zip(cuts[:-1], cuts[1:], strict=True))
+    kind = torch.device(device or readers[0][0].sae.device).type
+    for item, found in zip(items, scale.spread(fed, items, n, kind), strict=True):
+        both = zip(*pickle.loads(found["fed"][0].tobytes()), strict=True)
+        for meter, (state, result) in zip(chain(*readers[slice(*item)]), both, strict=True):
+            vars(meter).update(state)
+            results[id(meter)] = meter if result is None else result
+    return results
 
 
 def _read(meter: Meter) -> tuple:

@@ -4,7 +4,9 @@ A sample is a prompt with its image and an answer to it. `passing` streams such 
 same forward passes, gives the model's loss on the answers, so that scores with and without an SAE cost one pass.
 """
 
-from collections.abc import Iterable, Iterator
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from typing import Literal
 
 import numpy as np
@@ -12,11 +14,11 @@ import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
 
-from mmsae_helpers import activations
+from mmsae_helpers import activations, scale
 from mmsae_helpers.activations import Inputs, TokenBatch
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.meters.crossmodal import sample_scores
-from mmsae_helpers.meters.feed import Meter
+from mmsae_helpers.meters.feed import Meter, feed
 
 After = Literal["image and question", "question", "nothing"]
 PARTS = ("prompt", "prompt + answer")
@@ -111,17 +113,47 @@ def starts(adapter, questions, images) -> np.ndarray:
     return adapter.lengths(_prompts(adapter, questions)) + written
 
 
-def passing(adapter, rows, layers, batch_size: int, see: AnswerLosses | None = None, answer="chosen") -> Iterator:
+def passing(
+    adapter, rows, layers, batch_size: int, see: AnswerLosses | None = None, answer="chosen", part: slice = slice(None)
+) -> Iterator:
     """TokenBatches of the rows' prompts with their answers (text and image tokens), longest last.
 
-    ``rows`` has columns image, question and ``answer``; with ``see`` the passes go to the end, and it fills.
+    ``rows`` has columns image, question and ``answer``; with ``see`` the passes go to the end, and it fills. ``part``:
+    these batches alone.
     """
     texts = _answered(adapter, _prompts(adapter, rows["question"]), rows[answer])
     batches = (
         Inputs(torch.from_numpy(at), adapter.encode([texts[i] for i in at], rows.select(at)["image"]))
-        for at in _by_length(texts, batch_size)
+        for at in _by_length(texts, batch_size)[part]
     )
     return activations.stream(adapter, batches, layers, keep="content", see=see)
+
+
+def scored(adapter, rows, meters: Mapping, starts, layer: int, batch_size: int) -> tuple[dict, pd.DataFrame]:
+    """One pass over the rows' prompts and chosen answers: `SampleScores` of ``meters`` by key, and of every row what
+    needs no SAE, columns loss, length (`AnswerLosses`) and similarity (`Similarity`, after block ``layer``).
+
+    Where `scale.workers` are asked for, each takes an equal part of the batches, with a model of its own.
+    """
+
+    def scan(start: int, stop: int) -> dict[str, np.ndarray]:
+        own = {key: copy(meter) for key, meter in meters.items()}
+        for meter in own.values():
+            meter.frames = []
+        see, alike = AnswerLosses(starts), Similarity(len(rows), layer)
+        layers = {layer, *(meter.layer for meter in own.values())}
+        tokens = passing(adapter, rows, sorted(layers), batch_size, see, part=slice(start, stop))
+        scores = feed(own, alike.watch(tokens))
+        seen = np.flatnonzero(see.lengths)
+        beside = pd.DataFrame({"loss": see.losses, "length": see.lengths, "similarity": alike.values}).loc[seen]
+        return {"found": np.frombuffer(pickle.dumps((scores, beside)), np.uint8)[None]}
+
+    n, batches = scale.workers(), -(-len(rows) // batch_size)
+    cuts = np.linspace(0, batches, max(1, min(n, batches)) + 1).astype(int).tolist()
+    items = list(zip(cuts[:-1], cuts[1:], strict=True))
+    done = scale.spread(scan, items, n, adapter.device.type) if n else (scan(*item) for item in items)
+    scores, beside = zip(*(pickle.loads(one["found"][0].tobytes()) for one in done), strict=True)
+    return {key: pd.concat(one[key] for one in scores) for key in meters}, pd.concat(beside).sort_index()
 
 
 @torch.no_grad()
