@@ -124,14 +124,17 @@ def revision(root):
 
 
 def _machine(asked):
-    """Device, and the type that the CPU multiplies fast; a notebook that never imported torch ran on the CPU."""
+    """Device, the type that the CPU multiplies fast and its instructions, on which the last digits of a result hang; a
+    notebook that never imported torch ran on the CPU."""
     torch = sys.modules.get("torch")  # which takes seconds to import
     if torch is None:
         return {"device": "cpu"}
     from mmsae_helpers.workers import products
 
     on_cpu = asked == "cpu" or not torch.cuda.is_available()
-    return {"device": "cpu" if on_cpu else f"{asked} ({torch.cuda.get_device_name(0)})", "products": products()}
+    instructions = torch.backends.cpu.get_cpu_capability() + " AMX" * torch.cpu._is_amx_tile_supported()
+    where = "cpu" if on_cpu else f"{asked} ({torch.cuda.get_device_name(0)})"
+    return {"device": where, "products": products(), "instructions": instructions}
 
 
 def ledger(profile):
