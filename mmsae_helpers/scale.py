@@ -5,6 +5,7 @@ MMSAE_WORKERS says how many (0, the default: all in this process, without Ray), 
 
 import logging
 import os
+import pickle
 import socket
 from collections.abc import Callable, Iterable, Iterator
 
@@ -19,6 +20,22 @@ def workers() -> int:
     if not given.isdecimal():
         raise InputError(f"MMSAE_WORKERS is {given!r}: give a number of workers, or 0 for none")
     return int(given)
+
+
+def parts(function: Callable[[int, int], object], n: int, device: str = "cpu") -> Iterator[tuple[slice, object]]:
+    """``function(start, stop)`` of equal parts of ``n`` items, one a worker, or of all of them here where there are no
+    workers: yields each part and what was returned. Raises as `spread`."""
+    if not (k := min(workers(), n)):
+        yield slice(0, n), function(0, n)
+        return
+
+    def packed(start: int, stop: int) -> dict[str, np.ndarray]:
+        return {"packed": np.frombuffer(pickle.dumps(function(start, stop)), np.uint8)[None]}
+
+    cuts = np.linspace(0, n, k + 1).astype(int).tolist()
+    items = list(zip(cuts[:-1], cuts[1:], strict=True))
+    for item, found in zip(items, spread(packed, items, k, device), strict=True):
+        yield slice(*item), pickle.loads(found["packed"][0].tobytes())
 
 
 class _Worker:

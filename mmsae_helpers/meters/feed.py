@@ -6,13 +6,11 @@ and gives a ``result()``. Several meters of one SAE share its encoding.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import chain, groupby
 
-import numpy as np
 import scipy.sparse as sp
 import torch
 
@@ -67,20 +65,15 @@ def _by_workers(readers: list[list[Meter]], tokens, device, together) -> dict[in
     """`feed` on `scale.workers`, an equal part of the SAEs on each: results by the meters' ids. The meters here become
     what theirs have become."""
 
-    def fed(start: int, stop: int) -> dict[str, np.ndarray]:
+    def fed(start: int, stop: int) -> list[tuple]:
         own = deepcopy(list(chain(*readers[start:stop])))  # what Ray sends is read-only
         found = feed(dict(enumerate(own)), tokens, device=device, together=together)
-        states = [{name: value for name, value in vars(meter).items() if name != "sae"} for meter in own]
-        results = [None if found[i] is meter else found[i] for i, meter in enumerate(own)]
-        return {"fed": np.frombuffer(pickle.dumps((states, results)), np.uint8)[None]}
+        states = ({name: value for name, value in vars(meter).items() if name != "sae"} for meter in own)
+        return [(state, None if found[i] is own[i] else found[i]) for i, state in enumerate(states)]
 
-    n, results = min(scale.workers(), len(readers)), {}
-    cuts = np.linspace(0, len(readers), n + 1).astype(int).tolist()
-    items = list(zip(cuts[:-1], cuts[1:], strict=True))
-    kind = torch.device(device or readers[0][0].sae.device).type
-    for item, found in zip(items, scale.spread(fed, items, n, kind), strict=True):
-        both = zip(*pickle.loads(found["fed"][0].tobytes()), strict=True)
-        for meter, (state, result) in zip(chain(*readers[slice(*item)]), both, strict=True):
+    kind, results = torch.device(device or readers[0][0].sae.device).type, {}
+    for part, found in scale.parts(fed, len(readers), kind):
+        for meter, (state, result) in zip(chain(*readers[part]), found, strict=True):
             vars(meter).update(state)
             results[id(meter)] = meter if result is None else result
     return results

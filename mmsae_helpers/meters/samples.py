@@ -4,7 +4,6 @@ A sample is a prompt with its image and an answer to it. `passing` streams such 
 same forward passes, gives the model's loss on the answers, so that scores with and without an SAE cost one pass.
 """
 
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from typing import Literal
@@ -136,7 +135,7 @@ def scored(adapter, rows, meters: Mapping, starts, layer: int, batch_size: int) 
     Where `scale.workers` are asked for, each takes an equal part of the batches, with a model of its own.
     """
 
-    def scan(start: int, stop: int) -> dict[str, np.ndarray]:
+    def scan(start: int, stop: int) -> tuple[dict, pd.DataFrame]:
         own = {key: copy(meter) for key, meter in meters.items()}
         for meter in own.values():
             meter.frames = []
@@ -144,15 +143,11 @@ def scored(adapter, rows, meters: Mapping, starts, layer: int, batch_size: int) 
         layers = {layer, *(meter.layer for meter in own.values())}
         tokens = passing(adapter, rows, sorted(layers), batch_size, see, part=slice(start, stop))
         scores = feed(own, alike.watch(tokens))
-        seen = np.flatnonzero(see.lengths)
-        beside = pd.DataFrame({"loss": see.losses, "length": see.lengths, "similarity": alike.values}).loc[seen]
-        return {"found": np.frombuffer(pickle.dumps((scores, beside)), np.uint8)[None]}
+        beside = pd.DataFrame({"loss": see.losses, "length": see.lengths, "similarity": alike.values})
+        return scores, beside[see.lengths > 0]
 
-    n, batches = scale.workers(), -(-len(rows) // batch_size)
-    cuts = np.linspace(0, batches, max(1, min(n, batches)) + 1).astype(int).tolist()
-    items = list(zip(cuts[:-1], cuts[1:], strict=True))
-    done = scale.spread(scan, items, n, adapter.device.type) if n else (scan(*item) for item in items)
-    scores, beside = zip(*(pickle.loads(one["found"][0].tobytes()) for one in done), strict=True)
+    done = scale.parts(scan, -(-len(rows) // batch_size), adapter.device.type)
+    scores, beside = zip(*(found for _, found in done), strict=True)
     return {key: pd.concat(one[key] for one in scores) for key in meters}, pd.concat(beside).sort_index()
 
 
