@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmsae_helpers.errors import InputError
+from mmsae_helpers.suite import figures
 from mmsae_helpers.suite.claims import VERDICTS, Claim, definitions, verdict
 from mmsae_helpers.suite.observations import Interval, Observations, mean_ci
 
@@ -85,6 +86,17 @@ def test_parts_stand_at_holms_levels():
     assert list(parts) == ["vague", "clear"]
     assert parts["vague"]["ci_holm"] == pytest.approx(list(vague.ci()[1:3]))
     assert parts["clear"]["ci_holm"] == pytest.approx(list(clear.ci(level=0.975)[1:3]))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_forest_plot_keeps_a_far_off_part_at_its_edge_and_prints_every_effect():
+    claim = Claim("A2").primary(seeds(0.2, 0.4, 0.3), control=seeds(0.1, 0.1, 0.2))
+    ax = figures.forest(claim.part("far off", seeds(-20, -22, -21)).as_dict(), claim.about).axes[0]
+    low, high = ax.get_xlim()
+    assert -3 < low < 0 < 0.4 < high < 3 and any("-21 [" in text.get_text() for text in ax.texts)
+    assert [line.get_marker() for line in ax.lines].count("<") == 1 and len(ax.texts) == 3
+    still = Claim("A2").primary(seeds(0, 0, 0), control=seeds(0, 0, 0))
+    figures.forest(still.as_dict(), still.about).canvas.draw()
 
 
 def test_what_cannot_be_is_one_clear_line():

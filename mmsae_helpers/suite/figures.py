@@ -147,7 +147,8 @@ def forest(said, about):
     ax.axvline(stated["null"], color="#444444", lw=1, ls="--", marker="")
     main = [x for one in (stated, beyond, beyond.get("control")) if one for x in (one["effect"], *(one["ci"] or []))]
     low, high = min([*main, stated["null"]]), max([*main, stated["null"]])
-    low, high = (end + sign * 2 * (high - low) for end, sign in ((low, -1), (high, 1)))
+    reach = 2 * (high - low) or np.inf  # all of it may be one number, as where nothing has an effect
+    low, high = low - reach, high + reach
     ax.set_xlim(max(low, ax.get_xlim()[0]), min(high, ax.get_xlim()[1]))
     for y, (_, effect, _, i) in enumerate(rows):
         if not low <= effect["effect"] <= high:
