@@ -69,7 +69,8 @@ def main(folder: str | Path) -> None:
 
     from mmsae_helpers import alignment, models
 
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # use_cpu of the configuration
+    # use_cpu of the configuration, which under FSDP and DeepSpeed does not come this far
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
     folder, state = Path(folder), PartialState(cpu=cpu)
     job = json.loads((folder / "job.json").read_text())
     options, n = job["options"], state.num_processes

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, concatenate_datasets
 
 from mmsae_helpers import alignment, models
 from mmsae_helpers.errors import InputError
@@ -43,6 +43,21 @@ def test_launched_equals_in_process_bit_for_bit(rows, tmp_path, monkeypatch):
     (tmp_path / "one.yaml").write_text(f"{ONE}no_such_key: 1\n")
     with pytest.raises(InputError, match=r"^accelerate launch, by .*one.yaml, ended with ValueError: .*no_such_key"):
         alignment.fine_tune(adapter, rows, seed=3, learning_rate=1e-3, batch_size=2, steps=2)
+
+
+def test_two_processes_share_each_step_of_one(rows, tmp_path, monkeypatch):
+    """By fsdp.yaml on CPUs: as many rows a step as one process takes, and the same ones."""
+    adapter, rows = models.load("tinyworld/chameleon", "cpu"), concatenate_datasets([rows, rows.select([2, 0, 3, 1])])
+    base, shipped = alignment.weights_of(adapter), (CONFIGS / "fsdp.yaml").read_text()
+    (tmp_path / "two.yaml").write_text(shipped.replace("processes: 8", "processes: 2") + "use_cpu: true\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    logs = []
+    for config in ("", str(tmp_path / "two.yaml")):
+        monkeypatch.setenv("MMSAE_ACCELERATE", config)
+        alignment.restore(adapter, base)
+        logs.append(alignment.fine_tune(adapter, rows, seed=3, learning_rate=1e-3, batch_size=4, steps=3))
+    one, two = ([e["loss"] for e in log] for log in logs)
+    assert len(set(one)) == 3 and two == pytest.approx(one, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])
