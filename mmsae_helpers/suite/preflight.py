@@ -518,9 +518,11 @@ def _04(n, v):
     n.fetch(v["dataset"], v["train_interleaved"] + v["test_interleaved"])
     twins = []
 
-    def learn(model, kind, sample, at, width, number, steps=steps, share=1.0, beside=0):
+    def learn(model, kind, sample, at, width, number, steps=steps, share=1.0, beside=0, again=True):
         docs = v["train_texts" if kind == "text" else "train_interleaved"]
-        if not v["cache"]:
+        if v["cache"] and again:  # found on disk
+            docs = 0
+        elif not v["cache"]:
             docs = math.ceil(number / side) * (steps + v["norm_batches"]) * B / sample[0] / share
         n.shards("04", model, v["cache"] * docs * sample[0], 1)
         n.run(model, docs, sample, *size[kind], at)
@@ -539,8 +541,8 @@ def _04(n, v):
         n.phase([model])
         for _ in range(1 if config in twins else 2):  # the untrained twin, which models of one shape share
             for kind in sample:
-                for number in (seeds, swept):
-                    learn(model, kind, sample[kind], at, width, number)
+                learn(model, kind, sample[kind], at, width, seeds, again=False)
+                learn(model, kind, sample[kind], at, width, swept)
         if i == 0:
             learn(model, "mixed", sample["mixed"], at, width, seeds, share=sample["mixed"][2])  # image tokens alone
             sized = {(w, s) for w in v["widths"] for s in (*v["length_steps"], steps)} - {(1, steps)}
@@ -556,8 +558,8 @@ def _04(n, v):
         if base:
             n.phase([base])
             plain = n.document(v["text_dataset"], base, cut)
-            for number in (seeds, swept):
-                learn(base, "text", plain, at, width, number)
+            learn(base, "text", plain, at, width, seeds, again=False)
+            learn(base, "text", plain, at, width, swept)
             for number in meets:
                 measure(base, "text", plain, at, width, number)
 
