@@ -85,7 +85,9 @@ class Tokens:
     def _by_workers(self, n: int, shown: bool) -> None:
         ranges = self._ranges(self.shard_samples)
         missing = [some for some in ranges if not all(path.exists() for path in self._paths(*some).values())]
-        done = scale.spread(self._store, missing, n, self.device) if missing else []
+        if not missing:
+            return
+        done = scale.spread(self._store, missing, n, self.device)
         made = sum(int(one["computed"][0]) for one in tqdm(done, "shards", len(missing), disable=not shown))
         self.computed, self.reused = self.computed + made, self.reused - made
 
