@@ -25,6 +25,7 @@ parser.add_argument("--samples", type=int, default=400)
 parser.add_argument("--features", type=int, default=1024)
 parser.add_argument("--batch-size", type=int, default=40)
 asked = parser.parse_args()
+LAYER = 4
 
 
 def an_sae(acts: torch.Tensor, active: float = 0.008) -> StandardSAE:
@@ -40,23 +41,24 @@ def seconds(what) -> float:
     return time.perf_counter() - begin
 
 
+def scores(adapter, rows, saes) -> None:
+    at = samples.starts(adapter, rows["question"], rows["image"])
+    weights = np.ones(asked.features)
+    meters = {i: samples.SampleScores(sae, LAYER, weights, at, 0.0) for i, sae in enumerate(saes)}
+    samples.scored(adapter, rows, meters, at, LAYER, asked.batch_size)
+    samples.answer_losses(adapter, rows, asked.batch_size, after="question")
+
+
+def plain(adapter, rows) -> None:
+    for _ in samples.passing(adapter, rows, [LAYER], asked.batch_size, see=lambda *_: None):
+        pass
+
+
 for name in ("tinyworld/chameleon", "tinyworld/llava-next"):
-    adapter, layer, weights = models.load(name, "cpu"), 4, np.ones(asked.features)
-    rows = data.preferences("tinyworld", asked.samples, 0).dataset
-    acts = next(samples.passing(adapter, rows, [layer], asked.batch_size)).acts[layer]
+    adapter, rows = models.load(name, "cpu"), data.preferences("tinyworld", asked.samples, 0).dataset
+    acts = next(samples.passing(adapter, rows, [LAYER], asked.batch_size)).acts[LAYER]
     saes = [an_sae(acts), an_sae(acts)]
-
-    def scores(some, adapter=adapter, rows=rows, layer=layer, weights=weights):
-        at = samples.starts(adapter, rows["question"], rows["image"])
-        meters = {i: samples.SampleScores(sae, layer, weights, at, 0.0) for i, sae in enumerate(some)}
-        samples.scored(adapter, rows, meters, at, layer, asked.batch_size)
-        samples.answer_losses(adapter, rows, asked.batch_size, after="question")
-
-    def plain(adapter=adapter, rows=rows, layer=layer):
-        for _ in samples.passing(adapter, rows, [layer], asked.batch_size, see=lambda *_: None):
-            pass
-
-    turns = [[seconds(what) for what in (plain, partial(scores, saes[:1]), partial(scores, saes))] for _ in range(5)]
-    forward, one, two = map(median, zip(*turns, strict=True))
+    ways = partial(plain, adapter, rows), partial(scores, adapter, rows, saes[:1]), partial(scores, adapter, rows, saes)
+    forward, one, two = map(median, zip(*([seconds(way) for way in ways] for _ in range(5)), strict=True))
     print(f"{name}: a plain pass takes {1000 * forward / asked.samples:.1f} ms a sample; all scores reach", end=" ")
     print(f"{forward / one:.2f} of its samples a second with one SAE, {forward / two:.2f} with a control beside it")
