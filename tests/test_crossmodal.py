@@ -103,6 +103,15 @@ def test_memory_is_bounded_by_the_lists():
     assert stream._pool.shape == (2 * 8 * 2, 4)
 
 
+@pytest.mark.filterwarnings("error")
+def test_memory_that_was_never_written_is_not_reckoned_with(monkeypatch):
+    monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, np.inf, dtype))
+    stream = CrossModal(1, 2, k=3)
+    monkeypatch.undo()
+    stream.add(to_csr(np.full((2, 1), 2.0)), [True, False], np.ones((2, 2)))  # one token of three of each modality
+    assert stream.weights() == pytest.approx([1.0])
+
+
 def test_another_sae_or_model_is_refused():
     stream = CrossModal(4, 3)
     with pytest.raises(InputError, match="width 5 where 4"):

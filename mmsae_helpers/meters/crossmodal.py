@@ -44,6 +44,7 @@ class CrossModal:
         self._least = self._value[:, -1].copy()  # what a token must exceed to enter a list
         # reserved whole, touched (and so resident) only as far as it fills: one row is free for every list entry
         self._pool = np.empty((self._slot.size, d_model), np.float32)
+        self._pool[-1] = 0  # what slot -1 reads, and weights() then leaves out
         self._pool_is_image = np.zeros(self._slot.size, bool)
         # a sort key holds the list, the activation (31 bits) and the order of arrival
         self._order_bits = 32 - max(1, (n_lists - 1).bit_length())
