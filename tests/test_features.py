@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.meters import features, occurrences, patches, pooling, top_images
+from mmsae_helpers.meters import features, patches, pooling, top_images, words
 from mmsae_helpers.meters.feed import feed
 from mmsae_helpers.meters.health import HealthMeter
 
@@ -161,22 +161,21 @@ def test_encode_is_dense_encode_in_chunks():
 
 
 @given(token_features())
-def test_occurrences_count_images_not_tokens(data):
+def test_a_class_retrieves_a_feature_as_often_as_its_images_not_their_tokens(data):
     z, rows = data
-    top1 = features.retrieve_top1(features.to_csr(z))
-    labels = np.array([2, 0, 1, 2, 2, 0])
+    csr, labels = features.to_csr(z), np.array([2, 0, 1, 2, 2, 0])
+    top1 = features.retrieve_top1(csr)
     expected = np.zeros((3, z.shape[1]), int)
     for sample in range(6):
         for feature in set(top1[rows == sample].tolist()) - {-1}:
             expected[labels[sample], feature] += 1
-    counter = occurrences.OccurrenceCounter(labels, 3, z.shape[1])
-    for sample in range(6):
-        counter.add(top1[rows == sample], rows[rows == sample])
-    assert np.array_equal(counter.counts, expected)
-    assert np.array_equal(counter.images_per_feature, expected.sum(axis=0))
-    kept = occurrences.clean(counter.counts, 2)
-    assert np.array_equal(kept, expected.sum(axis=0) <= 2)
-    assert np.array_equal(occurrences.clean(counter.images_per_feature, 2), kept)
+    d = z.shape[1]
+    sae = SimpleNamespace(cfg=SimpleNamespace(d_sae=d), W_enc=torch.eye(d), process_sae_in=lambda x: x)
+    scan = words.ImageScan(sae, 0, [], labels, 3)
+    for sample in np.unique(rows):
+        at = np.flatnonzero(rows == sample)
+        scan.add(SimpleNamespace(acts={0: torch.zeros(len(at), d)}, sample=torch.as_tensor(rows[at])), csr[at])
+    assert np.array_equal(scan.retrieved, expected)
 
 
 @given(token_features(), st.lists(st.integers(0, 11), max_size=8))
@@ -184,18 +183,18 @@ def test_maximum_and_share_on_object_are_the_definition(data, wanted):
     z, rows = data
     wanted = [w for w in wanted if w < z.shape[1]]  # repeated and unordered too
     csr = features.to_csr(z)
-    largest = top_images.max_per_sample(csr, rows, wanted)
+    largest = top_images.image_maxima(csr[:, wanted], rows)[1].toarray()
     assert largest.shape == (len(np.unique(rows)), len(wanted)) and largest.dtype == np.float32
     for row, sample in zip(largest, np.unique(rows), strict=True):
         assert np.array_equal(row, z[rows == sample][:, wanted].max(axis=0))
     rng = np.random.default_rng(len(z))
     patch, cover = rng.integers(-1, 4, len(z)), rng.random((6, 4))
     for mask in (cover, cover > 0.5):
-        share = patches.share_on_object(csr, rows, patch, mask, wanted)
+        share, total = patches.share_on_object(csr, rows, patch, mask, wanted)
         weight = np.where(patch >= 0, mask[rows, patch], 0)
         on_object = (z[:, wanted].astype(float) * weight[:, None]).sum(axis=0)
-        assert np.allclose(share.on_object, on_object)
-        assert np.allclose(share.total, z[patch >= 0][:, wanted].astype(float).sum(axis=0))
+        assert np.allclose(share, on_object)
+        assert np.allclose(total, z[patch >= 0][:, wanted].astype(float).sum(axis=0))
 
 
 def test_one_kept_feature_is_one_entry_of_both_matrices():

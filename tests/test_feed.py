@@ -61,7 +61,7 @@ def plain(result):
     if isinstance(result, tuple | list):
         return [x for part in result for x in plain(part)]
     if hasattr(result, "maxima"):
-        return [result.maxima, result.share(), result.occurrences.counts]
+        return [result.maxima, result.share(), result.retrieved]
     if hasattr(result, "sums"):
         return plain(result.sums) + plain(result.counts)
     return [np.asarray(result)]

@@ -14,7 +14,6 @@ import requests
 
 from mmsae_helpers.data import session, write
 from mmsae_helpers.errors import InputError, first_line
-from mmsae_helpers.meters.occurrences import clean
 
 API, URL, KEY = "neuronpedia:", "https://www.neuronpedia.org/api/feature", "NEURONPEDIA_API_KEY"
 ROW = ["class", "block", "rank"]
@@ -118,12 +117,12 @@ def listed(found: Mapping[str, tuple], max_images: float, names: Mapping[str, in
     """Paper A's table: for each class of ``names`` and each block the ``n`` features that most of its images retrieve,
     but no more than ``max_images`` in all; by `ROW`, columns feature, images, label ("–" for none), explanation.
 
-    ``found`` {block: (counts [classes, d_sae] as of `OccurrenceCounter`, {feature: label}, `Explanations`)}; ``names``
-    {class: row of the counts}.
+    ``found`` {block: (counts [classes, d_sae] as `words.ImageScan.retrieved`, {feature: label}, `Explanations`)};
+    ``names`` {class: row of the counts}.
     """
     rows = []
     for block, (counts, label_of, explained) in found.items():
-        left = counts * clean(counts, max_images)
+        left = counts * (counts.sum(0) <= max_images)
         for name, at in names.items():
             for rank, feature in enumerate(np.argsort(-left[at], kind="stable")[:n].tolist(), 1):
                 if images := int(left[at, feature]):

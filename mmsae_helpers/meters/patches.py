@@ -6,7 +6,6 @@ of a tiling, show none.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -85,15 +84,8 @@ class PatchScores(Meter):
         return {method: np.concatenate([part[method] for part in self.parts]) for method in self.parts[0]}
 
 
-class Share(NamedTuple):
-    """Per requested feature: activation summed over the object's patches, and over all patches (float64)."""
-
-    on_object: np.ndarray
-    total: np.ndarray
-
-
-def share_on_object(features: sp.csr_matrix, sample, patch, object_patch_mask, wanted) -> Share:
-    """How much of each feature of ``wanted`` falls on the object's patches; sums of chunks add up.
+def share_on_object(features: sp.csr_matrix, sample, patch, object_patch_mask, wanted) -> tuple[np.ndarray, np.ndarray]:
+    """Activation of each feature of ``wanted`` summed over the object's patches, and over all; sums of chunks add up.
 
     ``patch`` [tokens]: patch index, -1 for tokens that show none (left out of both sums). ``object_patch_mask``
     [samples, patches]: row = sample id; bool, or the covered fraction of each patch.
@@ -102,7 +94,7 @@ def share_on_object(features: sp.csr_matrix, sample, patch, object_patch_mask, w
     shown = (patch >= 0).astype(np.float64)
     cover = np.asarray(object_patch_mask)[np.asarray(sample), np.maximum(patch, 0)] * shown
     of_feature = features[:, np.asarray(wanted, np.int64)].T
-    return Share(of_feature @ cover, of_feature @ shown)
+    return of_feature @ cover, of_feature @ shown
 
 
 # ---------------------------------------------------------------- baselines that look at no SAE

@@ -56,7 +56,6 @@ class Survey(Meter):
         dealt = [seed, 1]  # another order than a caller's own of this seed: dealt as swapped, images get their captions
         self.purity |= {f"{name}_control": Purity(of, d_sae, dealt) for name, of in about.items()}
         self.histogram = np.zeros((d_sae, len(BIN_EDGES) - 1), np.int64)
-        self.sum = np.zeros(d_sae)
 
     def add(self, batch: activations.TokenBatch, found: sp.csr_matrix) -> None:
         """Take in a TokenBatch of whole images."""
@@ -69,14 +68,13 @@ class Survey(Meter):
         bins = np.clip(np.digitize(found.data, BIN_EDGES) - 1, 0, len(BIN_EDGES) - 2)
         flat = np.bincount(found.indices * np.int64(self.histogram.shape[1]) + bins, minlength=self.histogram.size)
         self.histogram += flat.reshape(self.histogram.shape)
-        self.sum += np.asarray(found.sum(axis=0, dtype=np.float64)).ravel()
         ids, maxima = image_maxima(found, batch.sample.numpy())
         for measure in (self.tops, *self.purity.values()):
             measure.add(maxima, ids)
         self.similarity.add(maxima, self.embeddings[ids])
 
     def table(self) -> pd.DataFrame:
-        """A row a feature: feature, n_images it fires on, frequency (their share), n_tokens, max and mean activation;
+        """A row a feature: feature, n_images it fires on, frequency (their share), n_tokens, max activation;
         similarity; purity with the attribute and value it is pure in, said, its purity in what a swapped caption says,
         and both with images dealt out at random (``_control``); word_purity with its label and kind (`words.label`),
         and word_purity_control with words dealt out."""
@@ -84,7 +82,7 @@ class Survey(Meter):
         table = table.assign(**{name: of.score()["purity"] for name, of in self.purity.items()})
         fires, similarity, largest = self.tops.n_images, self.similarity.score(), self.tops.values[:, 0]
         table = table.assign(n_images=fires, frequency=fires / self.n, n_tokens=self.histogram.sum(axis=1), max=largest)
-        table = table.assign(mean=self.sum / max(self.n_tokens, 1), similarity=similarity)
+        table = table.assign(similarity=similarity)
         both = (label(of, self.names, 0.0, self.min_images) for of in (self.words, self.words_control))
         word, chance = (of.set_index("feature").reindex(table.index) for of in both)
         table = table.assign(label=word["label"].fillna(""), kind=word["kind"].fillna(""))
@@ -113,7 +111,7 @@ def survey(arms: Mapping, tokens: Iterable, embeddings, *, device="cpu", togethe
 
 def judged(table: pd.DataFrame, min_images: int, monosemantic: float, polysemous: float) -> pd.DataFrame:
     """`survey`'s table with columns of True and False: ``counts``, fires on at least ``min_images`` images; and of
-    those that count, ``pure`` and ``pure_control``: purity >= ``monosemantic``; ``impure``: < ``polysemous``;
+    those that count, ``pure``: purity >= ``monosemantic``; ``impure``: < ``polysemous``;
     ``means_attribute`` and ``means_word``: >= ``polysemous`` and `beyond_chance` among the features of its arm, layer
     and penalty; ``polysemous``: neither; and of swapped captions, ``source``: the purer of image and caption is so, and
     ``image``: that is the image."""
@@ -125,7 +123,6 @@ def judged(table: pd.DataFrame, min_images: int, monosemantic: float, polysemous
         return (purity >= polysemous) & beyond
 
     said = pd.DataFrame({"pure": counted["purity"] >= monosemantic, "impure": counted["purity"] < polysemous})
-    said["pure_control"] = counted["purity_control"] >= monosemantic
     said["means_attribute"] = means(counted["purity"], counted["purity_control"], "n_images")
     said["means_word"] = means(counted["word_purity"], counted["word_purity_control"], "n_tokens")
     said["polysemous"] = ~(said["means_attribute"] | said["means_word"])

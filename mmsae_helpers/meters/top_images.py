@@ -79,11 +79,3 @@ class TopImages:
     def ids(self) -> np.ndarray:
         """Image ids [d_sae, k] int64, -1 where fewer images fire."""
         return np.where(self._keys > 0, LOW - (self._keys & LOW), -1)
-
-
-def max_per_sample(features: sp.csr_matrix, sample, wanted) -> np.ndarray:
-    """Largest activation of every wanted feature over each sample's tokens, float32 [samples, len(wanted)].
-
-    Rows are the distinct ids of ``sample`` [tokens], ascending.
-    """
-    return image_maxima(features[:, np.asarray(wanted, np.int64)], sample)[1].toarray()

@@ -14,9 +14,8 @@ import scipy.sparse as sp
 
 from mmsae_helpers.meters.features import retrieve_top1
 from mmsae_helpers.meters.feed import Meter
-from mmsae_helpers.meters.occurrences import OccurrenceCounter, clean
 from mmsae_helpers.meters.patches import share_on_object
-from mmsae_helpers.meters.top_images import max_per_sample
+from mmsae_helpers.meters.top_images import image_maxima
 
 KINDS = ("reads", "predicts")
 LABEL_COLUMNS = ["feature", "label", "purity", "kind", "count"]
@@ -101,7 +100,7 @@ def named(means: Mapping, tokenizer, min_purity: float = 0.5, min_count: int = 2
 class ImageScan(Meter):
     """What one pass over image tokens says about one SAE.
 
-    ``occurrences``: images of each class that retrieve each feature (`occurrences.OccurrenceCounter`). Of the features
+    ``retrieved`` [n_classes, d_sae]: images of each class that retrieve each feature (METHODS A.1). Of the features
     ``wanted``: ``maxima`` [S, F], the largest activation over each image's tokens; ``pointing`` [S, F], the largest
     projection on the feature's encoder direction, however far below its threshold (a constant less than what enters the
     ReLU, to which ranks are blind); and ``share()`` [F], how much of the activation falls on the object (``cover``
@@ -110,24 +109,25 @@ class ImageScan(Meter):
 
     def __init__(self, sae, layer: int, wanted, class_labels, n_classes: int, cover=None, scale: float = 1.0):
         super().__init__(sae, layer, scale)
-        self.cover, self.wanted = cover, np.array(wanted, np.int64)
-        self.occurrences = OccurrenceCounter(class_labels, n_classes, sae.cfg.d_sae)
+        self.cover, self.wanted, self.labels = cover, np.array(wanted, np.int64), np.asarray(class_labels, np.int64)
+        self.retrieved = np.zeros((n_classes, sae.cfg.d_sae), np.int64)
         self.maxima, self.pointing = np.zeros((2, len(class_labels), len(self.wanted)), np.float32)
         self.on_object, self.total = np.zeros((2, len(self.wanted)))
 
     def add(self, batch, features: sp.csr_matrix) -> None:
         """Take in a TokenBatch of whole images, each one's tokens together."""
-        sample = batch.sample.numpy()
-        self.occurrences.add(retrieve_top1(features), sample)
+        sample, top1 = batch.sample.numpy(), retrieve_top1(features)
+        image, feature = np.unique(np.stack([sample, top1])[:, top1 >= 0], axis=1)  # an image retrieves it or does not
+        np.add.at(self.retrieved, (self.labels[image], feature), 1)
         ids, starts = np.unique(sample, return_index=True)
-        self.maxima[ids] = max_per_sample(features, sample, self.wanted)
+        self.maxima[ids] = image_maxima(features[:, self.wanted], sample)[1].toarray()
         directions = self.sae.W_enc[:, self.wanted]
         projected = self.sae.process_sae_in(batch.acts[self.layer].to(directions) * self.scale) @ directions
         self.pointing[ids] = np.maximum.reduceat(projected.float().cpu().numpy(), starts)
         if self.cover is not None:
-            share = share_on_object(features, sample, batch.patch.numpy(), self.cover, self.wanted)
-            self.on_object += share.on_object
-            self.total += share.total
+            on_object, total = share_on_object(features, sample, batch.patch.numpy(), self.cover, self.wanted)
+            self.on_object += on_object
+            self.total += total
 
     def share(self) -> np.ndarray:
         """Share of each wanted feature's activation that falls on the object; nan where it never fires."""
@@ -137,10 +137,10 @@ class ImageScan(Meter):
 def top_features(counts, max_images: float) -> tuple[np.ndarray, np.ndarray]:
     """Each class's top feature and the number of its images that retrieve it, both [classes]; paper A, retrieval.
 
-    ``counts`` [classes, d_sae] as of `OccurrenceCounter`. Features that more than ``max_images`` images retrieve take
+    ``counts`` [classes, d_sae] as `ImageScan.retrieved`. Features that more than ``max_images`` images retrieve take
     no part; of equal ones the lowest is the top, and -1 with 0 images where none is retrieved.
     """
-    left = counts * clean(counts, max_images)
+    left = counts * (counts.sum(0) <= max_images)
     found = left.max(1)
     return np.where(found > 0, left.argmax(1), -1), found
 
@@ -162,16 +162,15 @@ def shuffle(labels: pd.DataFrame, seed: int) -> pd.DataFrame:
     return labels.assign(label=np.random.default_rng(seed).permutation(labels["label"].to_numpy()))
 
 
-def detection(max_acts: np.ndarray, truth: np.ndarray, k: int = 200) -> pd.DataFrame:
+def detection(max_acts: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
     """Each column of `max_acts` [S, F] as a detector of that of `truth` [S, F] bool: a row of measures.
 
-    average_precision and auroc are scikit-learn's (whose calls take far longer), tied scores counting as one threshold;
-    precision_at_k takes the k samples of largest score, ties by the lowest sample index; base_rate is the share that is
-    true. All but the last are nan where none or all samples are true.
+    average_precision is scikit-learn's (whose calls take far longer), tied scores counting as one threshold, nan where
+    none or all samples are true; base_rate is the share that is true.
     """
     columns = zip(np.asarray(max_acts).T, np.asarray(truth, dtype=bool).T, strict=True)
-    names = ["average_precision", "auroc", "precision_at_k", "base_rate"]
-    return pd.DataFrame([_detection(score, true, k) for score, true in columns], columns=names, dtype=float)
+    rows = [(_average_precision(score, true), true.mean()) for score, true in columns]
+    return pd.DataFrame(rows, columns=["average_precision", "base_rate"], dtype=float)
 
 
 def lift(maxima, labels: pd.DataFrame, concepts: pd.DataFrame, among=None) -> np.ndarray:
@@ -186,16 +185,12 @@ def lift(maxima, labels: pd.DataFrame, concepts: pd.DataFrame, among=None) -> np
     return gain if len(gain) else np.zeros(1)
 
 
-def _detection(score: np.ndarray, true: np.ndarray, k: int) -> tuple[float, float, float, float]:
-    n_samples, n_true = len(true), int(true.sum())
-    if n_true in (0, n_samples):
-        return np.nan, np.nan, np.nan, n_true / max(n_samples, 1)
+def _average_precision(score: np.ndarray, true: np.ndarray) -> float:
+    n_true = int(true.sum())
+    if n_true in (0, len(true)):
+        return np.nan
     order = np.argsort(-score, kind="stable")
     score, true = score[order], true[order]
-    last_of_tie = np.r_[np.flatnonzero(np.diff(score)), n_samples - 1]
+    last_of_tie = np.r_[np.flatnonzero(np.diff(score)), len(true) - 1]
     hits = np.cumsum(true)[last_of_tie]
-    chosen = last_of_tie + 1
-    average_precision = np.sum(np.diff(hits, prepend=0) * hits / chosen) / n_true
-    false = np.r_[0, chosen - hits]
-    auroc = np.trapezoid(np.r_[0, hits], false) / (n_true * (n_samples - n_true))
-    return average_precision, auroc, true[:k].mean(), n_true / n_samples
+    return np.sum(np.diff(hits, prepend=0) * hits / (last_of_tie + 1)) / n_true

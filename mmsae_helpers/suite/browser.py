@@ -30,10 +30,10 @@ def write(
     ("" for none); frequency, the share of images it fires on, and their number n_images (0: dead); similarity
     (similarity-weighted monosemanticity) and purity of the attribute value named in about, nan where undefined; max,
     the largest activation. ``top_ids`` [R, k]: indices into ``images``, -1 for none, and ``top_values`` [R, k] their
-    activations. ``heat``: uint8 [R, k, rows, cols] over the image's patches, or a function from row numbers to the
-    same for these rows, or None; ``heat_note`` says what it is. ``images``: all images measured, PIL of any mode, shown
-    stretched to squares of ``thumbnail`` pixels. ``histograms`` [R, bins]: tokens with a positive activation, between
-    ``bin_edges`` [bins + 1] or [R, bins + 1]. ``tokens``: R lists of (word, mean activation, tokens of that word).
+    activations. ``heat``: uint8 [R, k, rows, cols] over the image's patches; ``heat_note`` says what it is.
+    ``images``: all images measured, PIL of any mode, shown stretched to squares of ``thumbnail`` pixels.
+    ``histograms`` [R, bins]: tokens with a positive activation, between ``bin_edges`` [bins + 1] or [R, bins + 1].
+    ``tokens``: R lists of (word, mean activation, tokens of that word).
     ``neighbours``: row numbers [R, m], -1 for none, and decoder cosines [R, m]. ``n_tokens``: tokens measured. Raises
     InputError where shapes do not agree.
     """
@@ -41,6 +41,9 @@ def write(
     near, cosines = map(np.asarray, neighbours)
     edges = np.atleast_2d(np.asarray(bin_edges, dtype=float))
     _check(table, top_ids, top_values, histograms, edges, tokens, near, cosines, len(images))
+    if heat.dtype != np.uint8 or heat.ndim != 4 or heat.shape[:2] != top_ids.shape:
+        expected = f"uint8 {[*top_ids.shape, 'rows', 'cols']}"
+        raise InputError(f"browser: heat is {heat.dtype} {list(heat.shape)}; give {expected}")
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -66,12 +69,7 @@ def write(
             "near": near[rows].tolist(),
             "cosines": _rounded(cosines[rows]),
         }
-        if heat is not None:
-            maps = np.asarray(heat(rows) if callable(heat) else heat[start : start + len(rows)])
-            if maps.dtype != np.uint8 or maps.ndim != 4 or maps.shape[:2] != top_ids[rows].shape:
-                expected = f"uint8 [{len(rows)}, {top_ids.shape[1]}, rows, cols]"
-                raise InputError(f"browser: heat of rows {start}.. is {maps.dtype} {list(maps.shape)}; give {expected}")
-            content |= {"grid": maps.shape[2:], "heat": base64.b64encode(maps.tobytes()).decode()}
+        content |= {"grid": heat.shape[2:], "heat": base64.b64encode(heat[rows].tobytes()).decode()}
         (part / "details" / f"{number:05d}.js").write_text(f"mmsae.chunk({number},{_json(content)})", encoding="utf-8")
 
     columns = {name: table[name].tolist() for name in ("feature", "n_images")}

@@ -58,25 +58,19 @@ def bootstrap_ci(values, statistic=np.mean, seed=0, level=0.95, resamples=2000):
     return Interval(float(statistic(values)), float(lo), float(hi), len(values))
 
 
-def crossed_ci(plus, minus=0.0, seed=0, level=0.95, resamples=2000):
-    """Mean of ``plus`` [seeds, samples] less that of ``minus``, with its percentile bootstrap interval.
+def crossed_ci(values, level=0.95, resamples=2000):
+    """Mean of ``values`` [seeds, samples] with its percentile bootstrap interval, of seeds and samples both.
 
-    ``minus`` is a number, or [other seeds or draws, the same samples]. Samples are resampled jointly, the repetitions
-    of each side on their own, so the interval covers both. n is the number of samples.
+    n is the number of samples.
     """
-    sides = [np.atleast_2d(np.asarray(side, float)) for side in (plus, minus)]
-    rng, n = np.random.default_rng(seed), sides[0].shape[1]
-
-    def mean(side, samples=slice(None), resampled=False):
-        rows = rng.integers(0, len(side), len(side)) if resampled else slice(None)
-        return side[rows][:, samples if side.shape[1] == n else slice(None)].mean()
-
+    values, rng = np.asarray(values, float), np.random.default_rng(0)
+    n_seeds, n = values.shape
     draws = []
     for _ in range(resamples):
         samples = rng.integers(0, n, n)
-        draws.append(mean(sides[0], samples, True) - mean(sides[1], samples, True))
+        draws.append(values[rng.integers(0, n_seeds, n_seeds)][:, samples].mean())
     lo, hi = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(mean(sides[0]) - mean(sides[1])), float(lo), float(hi), n)
+    return Interval(float(values.mean()), float(lo), float(hi), n)
 
 
 class Observations:
@@ -165,13 +159,8 @@ class Observations:
         """
         if by:
             by = [by] if isinstance(by, str) else list(by)
-            found = {k: self._at(part).ci(level=level) for k, part in self.frame.groupby(by, sort=False)}
-            names = (
-                pd.MultiIndex.from_tuples(found, names=by)
-                if len(by) > 1
-                else pd.Index([k for (k,) in found], name=by[0])
-            )
-            return pd.Series(list(found.values()), names, dtype=object)
+            parts = self.frame.groupby(by[0] if len(by) == 1 else by, sort=False)
+            return pd.Series({k: self._at(part).ci(level=level) for k, part in parts}, dtype=object).rename_axis(by)
         if "sample" not in self.frame:
             return mean_ci(self.frame.groupby("seed")["value"].mean(), level)
         wide = self.frame.pivot_table(index="seed", columns="sample", values="value")

@@ -116,7 +116,6 @@ class Model:
 
     def __init__(self, name: str):
         self.name, self.config, self.adapter = name, config_of(name), None
-        self.gated = FACTS["models"].get(name, {}).get("gated", False)
         family = models.FAMILIES.get(self.config.model_type, models.Adapter)
         factory = hf.AutoModelForCausalLM if family is models.Adapter else hf.AutoModelForImageTextToText
         if type(self.config) in hf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
@@ -242,7 +241,7 @@ class Needs:
     """
 
     def __init__(self, name: str, v: dict, gpu: str = "h100", tflops: float | str | None = None):
-        self.v, self.gpu, self.problems, self.licences, self.models = v, FACTS["gpus"][gpu], [], set(), {}
+        self.gpu, self.problems, self.licences, self.models = FACTS["gpus"][gpu], [], set(), {}
         self.measured = None
         self.flops, self.seconds, self.disk, self.phases = Counter(), Counter(), Counter(), []
         self.dtype = getattr(torch, v.get("dtype", "float32"), None)

@@ -24,8 +24,7 @@ class Run:
     """One run of one notebook: its checked parameters, its folders, its metrics and claims.
 
     ``namespace`` is ``globals()`` of the notebook right after its parameters cell. Attributes: ``parameters``,
-    ``profile``; ``folder`` artifacts/<profile>/<notebook>; ``cache`` and ``saes``, shared within a profile;
-    ``reports``, for what is committed.
+    ``profile``; ``folder`` artifacts/<profile>/<notebook>; ``cache`` and ``saes``, shared within a profile.
     """
 
     def __init__(self, notebook, namespace):
@@ -40,7 +39,6 @@ class Run:
             raise InputError(f"{notebook}: profile '{self.profile}' names a folder; use letters, digits, - and _")
         base = artifacts_root() / self.profile
         self.folder, self.cache, self.saes = base / notebook, base / "cache", base / "saes"
-        self.reports = Path(os.environ.get("MMSAE_REPORTS", repo_root() / "reports"))
         self.folder.mkdir(parents=True, exist_ok=True)
         not_asked = self.parameters.get("not_asked", {})
         if unknown := set(not_asked) - set(definitions()):
@@ -48,9 +46,11 @@ class Run:
         self._claims = {id: Claim(id, why) for id, why in not_asked.items()}
         self._metrics, self._started = {}, time.time()
 
-    def metric(self, name, value, ci=None, n=None, unit=""):
+    def metric(self, name, value, n=None, unit=""):
         """Record a number (or an `Interval`); again under the same name replaces it."""
-        value, ci, n = _unpack(value, ci, n)
+        ci = None
+        if isinstance(value, Interval):
+            value, ci, n = value.value, None if value.lo is None else [value.lo, value.hi], value.n
         self._metrics[name] = {"value": value, "ci": ci, "n": n, "unit": unit}
 
     def metrics(self, prefix, values, unit="", by=()):
@@ -92,12 +92,6 @@ class Run:
 def artifacts_root():
     """``MMSAE_ARTIFACTS`` if set, else ``artifacts/`` of the repository."""
     return Path(os.environ.get("MMSAE_ARTIFACTS") or repo_root() / "artifacts")
-
-
-def _unpack(value, ci, n):
-    if isinstance(value, Interval):
-        value, ci, n = value.value, None if value.lo is None else (value.lo, value.hi), value.n
-    return value, ci if ci is None else list(ci), n
 
 
 def provenance(parameters, started):

@@ -60,7 +60,7 @@ def write_ours(folder, rows):
         table,
         np.arange(rows * K).reshape(rows, K),
         -np.sort(-rng.random((rows, K))),
-        lambda chosen: rng.integers(0, 256, (len(chosen), K, 8, 8), dtype=np.uint8),
+        rng.integers(0, 256, (rows, K, 8, 8), dtype=np.uint8),
         Images(rows * K),
         rng.integers(0, 1000, (rows, BINS)),
         np.linspace(0, 1, BINS + 1),
