@@ -115,6 +115,19 @@ def test_ledger_has_every_claim_and_says_not_run(root):
     assert "a \\| &lt;script&gt;" in text and len(text.splitlines()) == len(table) + 2
 
 
+def test_the_saes_behind_the_verdicts_have_a_row_each(root):
+    run = Run("01_x", values())
+    l0 = {("L0 / d_model", arm, 4, s): 0.05 + s / 100 for arm in ("trained", "matched") for s in (0, 1)}
+    run.metrics("sparsity", Observations(l0, "of arm block seed"), by=["of", "arm", "block"])
+    run.save()
+    (row,) = results.sae_table("tiny").to_dict("records")  # random directions are no SAEs
+    assert row == {
+        "notebook": "01_x", "SAEs": "trained block 4", "architecture": "standard", "seeds": 2, "L0 / d_model": "0.055",
+        "explained variance": "", "share of features alive": "",
+    }  # fmt: skip
+    assert results.sae_table("none").empty
+
+
 def test_a_claim_that_the_models_cannot_decide_has_no_verdict(root, monkeypatch):
     with pytest.raises(InputError, match=r"01_x: not_asked names \['A99'\]; claims are A1"):
         Run("01_x", values(not_asked={"A99": "why"}))

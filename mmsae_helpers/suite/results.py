@@ -163,6 +163,28 @@ def ledger_table(entries):
     return pd.DataFrame(rows)
 
 
+def sae_table(profile):
+    """The trained SAEs that a profile's runs measured (metrics ``sparsity``), and how sparse, faithful and alive they
+    are, as a data frame of text."""
+    import pandas as pd
+
+    measures = {"L0_d_model": "L0 / d_model", "explained_variance": "explained variance"}
+    measures |= {"share_of_features_alive": "share of features alive"}
+    rows = {}
+    for path in sorted((artifacts_root() / profile).glob("*/results.json")):
+        read = json.loads(path.read_text(encoding="utf-8"))
+        for name, metric in read["metrics"].items():
+            named = re.fullmatch(rf"sparsity_({'|'.join(measures)})_?(.*)", name)
+            if named and "matched" not in name:
+                which = re.sub(r"^(?!.*block)(.*?)_?(\d+)$", r"\1_block_\2", named[2])
+                about = {"notebook": path.parent.name, "SAEs": which.strip("_").replace("_", " ")}
+                about["architecture"] = read["parameters"].get("architecture", "standard")
+                row = rows.setdefault((path.parent.name, named[2]), about | {"seeds": metric["n"]})
+                row[measures[named[1]]] = f"{metric['value']:.3g}"
+    columns = ["notebook", "SAEs", "architecture", "seeds", *measures.values()]
+    return pd.DataFrame(rows.values(), columns=columns).fillna("")
+
+
 def to_markdown(frame):
     """A data frame of text as a Markdown table; what would be markup in a cell is escaped."""
 
