@@ -26,7 +26,8 @@ def pages(tmp_path_factory):
         said.append(claim.part("late blocks", seeds(0.1, 0.2, 0.3)).as_dict())
     folder = root / "artifacts" / "tiny" / "01_llava_transfer_signal"
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"claims": said}))
+    metrics = {"sparsity_L0_d_model_trained_4": {"value": 0.0731, "ci": [0.07, 0.08], "n": 5, "unit": ""}}
+    (folder / "results.json").write_text(json.dumps({"claims": said, "metrics": metrics, "parameters": {}}))
     given = {"artifacts": root / "artifacts", "reports": root / "reports"}
     assert runner.run(None, "tiny", "08", out=io.StringIO(), **given) == 0
     return root / "reports" / "tiny"
@@ -40,7 +41,7 @@ def test_the_page_has_a_forest_a_table_and_a_section_a_claim(chromium, pages):
         about = definitions()[id]
         assert f"{id} · {about.says}" in shown and about.figure[:30] in shown and about.because[:40] in shown
     assert definitions()["A8"].history[0]["definition"] in shown, "former definitions stand there"
-    assert "not run" in shown and "no control" in shown and "NaN" not in shown
+    assert "not run" in shown and "no control" in shown and "NaN" not in shown and "trained block 4" in shown
     assert page.locator("main table").first.bounding_box()["width"] <= 900, "the table fits the page"
     page.context.close()
     phone, _, _ = visit(chromium, pages / "08_claims_ledger.html", viewport={"width": 390, "height": 800})
@@ -50,9 +51,10 @@ def test_the_page_has_a_forest_a_table_and_a_section_a_claim(chromium, pages):
 
 def test_its_short_form_is_markdown_in_the_runs_folder(pages):
     path = Path(pages).parents[1] / "artifacts" / "tiny" / "08_claims_ledger" / "ledger.md"
-    lines = path.read_text().splitlines()
-    assert len(lines) == len(definitions()) + 2 and "beyond control" in lines[0]
-    assert max(map(len, lines)) < 400
+    claims, saes = (table.splitlines() for table in path.read_text().split("\n\n"))
+    assert len(claims) == len(definitions()) + 2 and "beyond control" in claims[0]
+    assert max(map(len, claims)) < 400
+    assert len(saes) == 3 and "| trained block 4 | standard | 5 | 0.0731 |" in saes[2]
 
 
 def test_distances_from_the_threshold_say_what_the_verdicts_say():

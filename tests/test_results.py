@@ -31,6 +31,7 @@ def test_mean_ci_is_the_t_interval():
     low, high = stats.t.interval(0.95, 2, np.mean(x), stats.sem(x))
     assert np.allclose(got[:3], [np.mean(x), low, high]) and got.n == 3
     assert mean_ci([0.5]) == Interval(0.5, None, None, 1)
+    assert str(Interval(-5e-19, -0.00386, 1e-17, 5)) == "0 [-0.00386, 0]" and str(Interval(0.5, None, None, 1)) == "0.5"
     with pytest.raises(InputError, match="finite"):
         mean_ci([0.1, float("nan")])
 

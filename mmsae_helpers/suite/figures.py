@@ -6,6 +6,8 @@ from itertools import zip_longest
 
 import numpy as np
 
+from mmsae_helpers.suite.observations import Interval
+
 # Okabe and Ito 2008, without yellow
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -142,8 +144,8 @@ def forest(said, about):
         _whisker(ax, y, effect, PALETTE[i], marker="D", ms=7 if y < 2 else 5)
         if control:
             _whisker(ax, y + 0.25, control, "#666666", marker="o", mfc="white", ms=5)
-        ends = "" if effect["ci"] is None else " [{:.3g}, {:.3g}]".format(*effect["ci"])
-        ax.text(1.02, y, f"{effect['effect']:.3g}{ends}", transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
+        printed = str(Interval(effect["effect"], *(effect["ci"] or (None, None)), 0))
+        ax.text(1.02, y, printed, transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
     ax.axvline(stated["null"], color="#444444", lw=1, ls="--", marker="")
     main = [x for one in (stated, beyond, beyond.get("control")) if one for x in (one["effect"], *(one["ci"] or []))]
     low, high = min([*main, stated["null"]]), max([*main, stated["null"]])

@@ -28,7 +28,8 @@ class Interval(NamedTuple):
     n: int
 
     def __str__(self):
-        return f"{self.value:.3g}" + ("" if self.lo is None else f" [{self.lo:.3g}, {self.hi:.3g}]")
+        value, *ends = (round(x, 12) + 0.0 for x in self[:3] if x is not None)  # 0, not what rounding left of it
+        return f"{value:.3g}" + (" [{:.3g}, {:.3g}]".format(*ends) if ends else "")
 
     def at(self, level: float) -> Interval:
         """The interval at another confidence level than .95: its sides scaled as those of a t-interval over n."""
