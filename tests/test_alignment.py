@@ -124,6 +124,15 @@ def test_seed_steps_and_epochs(rows, tuned):
     assert len(curve) == 2
 
 
+@pytest.mark.parametrize("how", ["sft", "dpo"])
+def test_accumulated_rows_are_one_step(how, base, rows, tuned):
+    few = rows.select(range(4))
+    (whole, one), (split, two) = (tuned(few, how, steps=2, batch_size=4 // n, accumulate=n) for n in (1, 4))
+    assert [step["loss"] for step in two] == pytest.approx([step["loss"] for step in one], rel=1e-3)
+    length = lambda other: torch.cat([(whole[k] - other[k]).float().flatten() for k in base]).norm()  # noqa: E731
+    assert length(split) < 1e-3 * length(base), "Adam moves by noise where a gradient is next to nothing"
+
+
 class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
