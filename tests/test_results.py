@@ -123,7 +123,7 @@ def test_the_saes_behind_the_verdicts_have_a_row_each(root):
     run.save()
     (row,) = results.sae_table("tiny").to_dict("records")  # random directions are no SAEs
     assert row == {
-        "notebook": "01_x", "SAEs": "trained block 4", "architecture": "standard", "seeds": 2, "L0 / d_model": "0.055",
+        "notebook": "01", "SAEs": "trained block 4", "architecture": "standard", "seeds": 2, "L0 / d_model": "0.055",
         "explained variance": "", "share of features alive": "",
     }  # fmt: skip
     assert results.sae_table("none").empty

@@ -159,7 +159,7 @@ def ledger_table(entries):
         row |= {"effect": effect, "varied": stated["varied"] if stated else "", "this world can tell": about.decides}
         former = about.history[-1] if about.history else {}
         row["explored"] = " / ".join(former[way] for way in ("verdict", "beyond") if way in former)
-        rows.append(row | {"notebook": name})
+        rows.append(row | {"notebook": name.split("_")[0]})
     return pd.DataFrame(rows)
 
 
@@ -177,7 +177,7 @@ def sae_table(profile):
             named = re.fullmatch(rf"sparsity_({'|'.join(measures)})_?(.*)", name)
             if named and "matched" not in name:
                 which = re.sub(r"^(?!.*block)(.*?)_?(\d+)$", r"\1_block_\2", named[2])
-                about = {"notebook": path.parent.name, "SAEs": which.strip("_").replace("_", " ")}
+                about = {"notebook": path.parent.name.split("_")[0], "SAEs": which.strip("_").replace("_", " ")}
                 about["architecture"] = read["parameters"].get("architecture", "standard")
                 row = rows.setdefault((path.parent.name, named[2]), about | {"seeds": metric["n"]})
                 row[measures[named[1]]] = f"{metric['value']:.3g}"
