@@ -171,7 +171,7 @@ def of_texts(
     folder, adapter, texts, layers, *, batch_size, keep="text", reading="corrected", max_tokens=None
 ) -> Tokens:
     """Tokens of documents, text-only or `data.Interleaved`; ``folder`` None does not store them."""
-    batches = partial(data.interleaved_batches, adapter, texts, batch_size, max_tokens=max_tokens)
+    batches = partial(data.document_batches, adapter, texts, batch_size, max_tokens=max_tokens)
     digest = hashlib.sha256(b"[")  # of the list of all contents as JSON, which is never held as a whole
     for i, text in enumerate(texts):
         content = text if isinstance(text, str) else [text.text, *map(data.image_digest, text.images)]

@@ -425,9 +425,9 @@ def _document(at: int, row: dict) -> Interleaved | str:
         return f"row {at}: {first_line(error)[:200]}"
 
 
-def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, *, start=0, stop=None, max_tokens=None):
-    """Model inputs for documents (or texts) ``start`` to ``stop``, cut at ``max_tokens``, by default the context, or
-    before an image that does not fit whole; `cut` counts. Raises InputError where nothing is left."""
+def document_batches(adapter, documents, batch_size: int, *, start=0, stop=None, max_tokens=None):
+    """Model inputs for documents (texts, or `Interleaved`) ``start`` to ``stop``, cut at ``max_tokens``, by default the
+    context, or before an image that does not fit whole; `cut` counts. Raises InputError where nothing is left."""
     limit = max_tokens or adapter.config.max_position_embeddings
     for rows in BatchSampler(range(start, len(documents) if stop is None else stop), batch_size, drop_last=False):
         some = [(documents[i], i) for i in rows]  # text alone is cut without being tokenized twice
@@ -438,11 +438,8 @@ def interleaved_batches(adapter, documents: list[Interleaved], batch_size: int, 
         yield Inputs(torch.tensor(rows), {k: v[:, :limit] if v.shape == shape else v for k, v in inputs.items()})
 
 
-text_batches = interleaved_batches
-
-
 def cut(adapter, documents, max_tokens: int | None = None) -> Cut:
-    """What `text_batches` or `interleaved_batches` leave out of ``documents``, counted without reading pixels."""
+    """What `document_batches` leaves out of ``documents``, counted without reading pixels."""
     total, limit = np.zeros(3, int), max_tokens or adapter.config.max_position_embeddings
     for i, document in enumerate(documents):
         _, images, beyond = _fitted(adapter, document, limit, i)

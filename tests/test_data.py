@@ -242,7 +242,7 @@ def test_images_of_the_web_are_kept_so_that_dead_links_change_nothing(server, tm
     adapter = models.load("tinyworld/llava-next", "cpu")
     about = partial(cache.of_texts, None, adapter, layers=[1], batch_size=3)
     assert about(texts=first).description == about(texts=again).description
-    (batch,) = data.interleaved_batches(adapter, first, 3)
+    (batch,) = data.document_batches(adapter, first, 3)
     assert len(batch.inputs["image_sizes"]) == 4
     first[0].images[0].write_bytes(png((9, 9, 9)))
     assert about(texts=first).description != about(texts=first[1:]).description
@@ -273,7 +273,7 @@ def test_raw_documents_name_no_image(name):
     adapter = models.load(f"tinyworld/{name}", "cpu")
     words = ["<image>", "<bos>"] + ["<racm3:break>", "<eoss>", "IMGIMGAZ"] * (name == "chameleon")
     texts = ["red circle", *(f"{word} red {word}{word} circle" for word in words)]
-    (batch,) = data.text_batches(adapter, texts, len(texts))
+    (batch,) = data.document_batches(adapter, texts, len(texts))
     ids = batch.inputs["input_ids"]
     assert not adapter.image_mask(ids).any() and (ids == adapter.tokenizer.bos_token_id).sum(1).tolist() == [1] * len(
         ids
@@ -282,7 +282,7 @@ def test_raw_documents_name_no_image(name):
     mixed = [
         data.Interleaved(f"{word} a <image> b", [Image.new("RGB", (64, 64))]) for word in words if word != "<image>"
     ]
-    (batch,) = data.interleaved_batches(adapter, mixed, len(mixed))
+    (batch,) = data.document_batches(adapter, mixed, len(mixed))
     assert adapter.image_mask(batch.inputs["input_ids"]).sum(1).unique().tolist() == [adapter.image_tokens((64, 64))]
     assert data.cut(adapter, texts) == data.cut(adapter, mixed) == (0, 0, 0)
 
@@ -291,10 +291,10 @@ def test_raw_documents_name_no_image(name):
 def test_what_is_cut_is_counted(name, limit):
     adapter = models.load(f"tinyworld/{name}", "cpu")
     mixed, plain = data.interleaved("tinyworld-aspects", 12, seed=1), data.documents("tinyworld", 12, seed=1)
-    for some, make in ((mixed, data.interleaved_batches), (plain, data.text_batches)):
+    for some in (mixed, plain):
         limit = limit if some is mixed else 20
         whole, short = (
-            [next(make(adapter, some, 1, start=i, stop=i + 1, max_tokens=n)).inputs for i in range(12)]
+            [next(data.document_batches(adapter, some, 1, start=i, stop=i + 1, max_tokens=n)).inputs for i in range(12)]
             for n in (10_000, limit)
         )
         tokens = [int(a["attention_mask"].sum() - b["attention_mask"].sum()) for a, b in zip(whole, short, strict=True)]
@@ -494,7 +494,7 @@ def test_images_are_upright_everywhere(tmp_path, monkeypatch, suffix):
         pixels = np.asarray(image.convert("L")).astype(int)
         assert pixels.shape == (64, 32) and pixels[:28].min() > 200 and pixels[36:].max() < 50
     adapter = models.load("tinyworld/llava-next", "cpu")
-    (batch,) = data.interleaved_batches(adapter, documents, 2)
+    (batch,) = data.document_batches(adapter, documents, 2)
     assert batch.inputs["image_sizes"].tolist() == [[64, 32]] * 2
 
 

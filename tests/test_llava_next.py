@@ -196,16 +196,16 @@ def test_documents_with_none_one_and_two_images(tiny):
 def test_a_document_is_cut_before_an_image_that_does_not_fit(tiny):
     one = data.Interleaved("red . <image> it is red", [noise(64, 64)])
     two = data.Interleaved("red . <image> . blue . <image> it", [noise(64, 64, 1), noise(64, 64, 2)])
-    whole, cut = (next(data.interleaved_batches(tiny, [one, two], 2, max_tokens=n)).inputs for n in (None, 200))
+    whole, cut = (next(data.document_batches(tiny, [one, two], 2, max_tokens=n)).inputs for n in (None, 200))
     assert whole["input_ids"].shape[1] == 279 and len(whole["image_sizes"]) == 3
     assert cut["attention_mask"].sum(1).tolist() == [142, 142] and len(cut["image_sizes"]) == 2
     assert tiny.image_mask(cut["input_ids"]).sum(1).tolist() == [136, 136]
     torch.testing.assert_close(cut["pixel_values"][1], whole["pixel_values"][1])
     tiny.forward(cut)
-    inside_words = next(data.interleaved_batches(tiny, [one], 1, max_tokens=140)).inputs
+    inside_words = next(data.document_batches(tiny, [one], 1, max_tokens=140)).inputs
     assert inside_words["attention_mask"].sum().item() == 140 and len(inside_words["image_sizes"]) == 1
     with pytest.raises(InputError, match="document 0 begins with an image .*longer than 50 "):
-        next(data.interleaved_batches(tiny, [data.Interleaved("<image> it", [noise(64, 64)])], 1, max_tokens=50))
+        next(data.document_batches(tiny, [data.Interleaved("<image> it", [noise(64, 64)])], 1, max_tokens=50))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def text_loss(adapter, count: int, *, seed: int, word_lists: bool = True, batch_
     """Loss on ``count`` fresh documents against the entropy of the very choices that made them."""
     documents = language.documents(count, seed, word_lists)
     eos, total, tokens = adapter.tokenizer.eos_token, 0.0, 0
-    for _, inputs in data.text_batches(adapter, [f"{d.text} {eos}" for d in documents], batch_size):
+    for _, inputs in data.document_batches(adapter, [f"{d.text} {eos}" for d in documents], batch_size):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
         logits = adapter.forward(inputs).logits[:, :-1]
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()

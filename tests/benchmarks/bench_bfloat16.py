@@ -19,7 +19,7 @@ from mmsae_helpers.activations import stream
 def residuals(dtype: str, texts, layers) -> dict[int, torch.Tensor]:
     """Residuals [N, d_model] of all words of ``texts`` after each of ``layers``, in float32."""
     adapter = models.load("real/smollm2", "cpu", dtype)
-    batches = list(stream(adapter, data.text_batches(adapter, texts, 16, max_tokens=256), layers, "text"))
+    batches = list(stream(adapter, data.document_batches(adapter, texts, 16, max_tokens=256), layers, "text"))
     return {layer: torch.cat([batch.acts[layer] for batch in batches]) for layer in layers}
 
 
