@@ -500,7 +500,7 @@ def _03(n, v):
     n.phase([model])
     n.train("03", model, swept + alone, width, B, v["sae_steps"], v["sae_autocast"], **most)
     n.train("03", model, printed, width, B, max(1, v["printed_epochs"] * learn * words // B), v["sae_autocast"], **most)
-    surveyed = 2 * swept + printed + alone
+    surveyed = 2 * swept + len({*v["layers"]}) * seeds + printed + alone  # matched ones of all, even ones of the main
     passes = seen * (seeds * math.ceil(surveyed / seeds / v["together"]) + 2)  # captions swapped anew for every seed
     n.run(model, learn + passes, (words + 1, 1), v["batch_size"], block=max(v["layers"]))
     n.write(model, (v["captions"] == "generated") * (learn + seen), v["batch_size"], v["max_new_tokens"])
@@ -623,10 +623,10 @@ def _07(n, v):
     model, asked, blocks = v["model"], sum(map(len, v["questions"].values())), v["layers"]
     learn, seen = (n.images(v["dataset"], v[f"{k}images_per_class"]) for k in ("train_", ""))
     seen, number, after = min(v["max_images"], seen) * asked, len(blocks) * len(v["seeds"]), PROMPT / 2
-    n.phase([model], 2 * number * sae_bytes(n.models[model].adapter.d_model, v["d_sae"]))
+    n.phase([model], 3 * number * sae_bytes(n.models[model].adapter.d_model, v["d_sae"]))
     n.train("07", model, number, v["d_sae"], v["sae_batch_size"], v["sae_steps"], True, layers=len(blocks))
     n.run(model, learn + seen, n.asked(v["dataset"], model), v["batch_size"], block=max(blocks))
-    n.encode(model, 2 * number, v["d_sae"], seen * after)
+    n.encode(model, 3 * number, v["d_sae"], seen * after)
     n.shards("07", model, v.get("cache", True) * learn * after, len(blocks))
 
 

@@ -175,7 +175,7 @@ def sae_table(profile):
         read = json.loads(path.read_text(encoding="utf-8"))
         for name, metric in read["metrics"].items():
             named = re.fullmatch(rf"sparsity_({'|'.join(measures)})_?(.*)", name)
-            if named and "matched" not in name:
+            if named and not {"matched", "even"} & {*name.split("_")}:
                 which = re.sub(r"^(?!.*block)(.*?)_?(\d+)$", r"\1_block_\2", named[2])
                 about = {"notebook": path.parent.name.split("_")[0], "SAEs": which.strip("_").replace("_", " ")}
                 about["architecture"] = read["parameters"].get("architecture", "standard")
