@@ -581,14 +581,13 @@ def _05(n, v):
     n.phase([model])
     if v["sae_source"] == "train":
         n.fetch(v["documents"], sum(v["interleaved"]))
-        held = _sae_v(n, v, "05", model, at, v["autocast"], seeds, documents, "batch_sizes[2]")
-    else:
-        held = 2 * seeds * sae_bytes(n.models[model].adapter.d_model, v["expansion"] * n.models[model].adapter.d_model)
-    n.phase([model], held)
+        _sae_v(n, v, "05", model, at, v["autocast"], seeds, documents, "batch_sizes[2]")
+    width = n.models[model].adapter.d_model
+    n.phase([model], 3 * seeds * sae_bytes(width, v["expansion"] * width))  # trained, and random ones of both kinds
     n.images(v["dataset"], v["images_per_class"])
     sample = n.asked(v["dataset"], model, 3 * PROMPT)  # ten options
     # of four scores and one lot a seed, of three scores without an SAE, of controls at the last share; of the curve
-    masks = 5 * shares * seeds + 3 * shares + 4 * seeds * (1 + len(v["weight_readings"])) + 8 * len(v["more_shares"])
+    masks = 5 * shares * seeds + 3 * shares + 4 * seeds * (2 + len(v["weight_readings"])) + 8 * len(v["more_shares"])
     n.run(model, v["n_images"] * (masks + 10), sample, images, "batch_sizes[0]")
     n.run(model, v["n_images"], sample, with_gradients, "batch_sizes[1]", grad="inputs")
 
