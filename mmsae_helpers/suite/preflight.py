@@ -442,8 +442,8 @@ def _facts(kind: str, name: str) -> dict | None:
 # ---------------------------------------------------------------- recipes: what each notebook does with its parameters
 
 
-def _on_text(n, v, name, model, layers, source):
-    """Text through a model of 01 and 02, and the SAEs on it; bytes of these and of as many random ones."""
+def _on_text(n, v, name, model, layers, source, kinds=2):
+    """Text through a model of 01 and 02, and the SAEs on it, ``kinds`` with their random ones; how many are trained."""
     doc, number = n.document(v["text_dataset"], model, v["max_tokens"]), len(layers)
     learn = v["train_documents"]
     if source == "train":
@@ -454,22 +454,22 @@ def _on_text(n, v, name, model, layers, source):
         n.released(source, v["sae_id"], model, layers, v["d_sae"])
     n.run(model, v["label_documents"] + learn, doc, v["text_batch_size"], "text_batch_size", max(layers))
     n.shards(name, model, v["cache"] * (v["label_documents"] + v["train_documents"]) * doc[0], len(layers))
-    n.encode(model, 2 * number, v["d_sae"], v["label_documents"] * doc[0])
+    n.encode(model, kinds * number, v["d_sae"], v["label_documents"] * doc[0])
     return number
 
 
 def _01(n, v):
     llava, source, blocks = v["model"], v["dataset"], v["layers"]
     n.phase([v["text_model"], v["instruct_model"]])
-    number = _on_text(n, v, "01", v["text_model"], blocks, v["sae_source"])
-    number += _on_text(n, v, "01", v["instruct_model"], [v["instruct_layer"]], v["instruct_sae_source"])
-    held = 2 * number * sae_bytes(n.models[llava].adapter.d_model, v["d_sae"])
+    number = 3 * _on_text(n, v, "01", v["text_model"], blocks, v["sae_source"], 3)  # random ones of both kinds
+    number += 2 * _on_text(n, v, "01", v["instruct_model"], [v["instruct_layer"]], v["instruct_sae_source"])
+    held = number * sae_bytes(n.models[llava].adapter.d_model, v["d_sae"])
     n._most("SAEs", held, "seeds or d_sae")
     n.phase([llava], held)
     seen, few = n.images(source, v["images_per_class"]), v["control"]["images"] + 3 * v["health_images"]
     n.run(llava, seen + few, n.asked(source, llava), v["batch_size"], block=max(blocks))
     tokens = n.asked(source, llava, 0)[0]
-    n.encode(llava, 2 * number, v["d_sae"], (seen + few) * tokens)
+    n.encode(llava, number, v["d_sae"], (seen + few) * tokens)
     n.shards("01", llava, v["cache"] * seen * tokens, len(blocks))
 
 
@@ -563,16 +563,16 @@ def _04(n, v):
                 measure(base, "text", plain, at, width, number)
 
 
-def _sae_v(n, v, name, model, layer, autocast, trained, batch, param):
-    """The SAE-Vs of 05 and 06, and the held-out documents; bytes of these SAEs and of as many random ones."""
+def _sae_v(n, v, name, model, layer, autocast, trained, batch, param, kinds=2):
+    """The SAE-Vs of 05 and 06, and the held-out documents; bytes of these SAEs, of ``kinds`` with their random ones."""
     mixed, width = n.document(v["documents"], model, v["context"]), v["expansion"] * n.models[model].adapter.d_model
     n.train(name, model, trained, width, v["sae_batch_size"], v["sae_steps"][0], autocast)
     tokens, cached = (v["sae_steps"][0] + v["norm_batches"]) * v["sae_batch_size"], v.get("cache", True)
     learn = v["interleaved"][0] if cached else tokens / mixed[0]
     n.run(model, learn + v["interleaved"][1], mixed, batch, param, layer)
-    n.encode(model, 2 * trained, width, v["interleaved"][1] * mixed[0])
+    n.encode(model, kinds * trained, width, v["interleaved"][1] * mixed[0])
     n.shards(name, model, cached * sum(v["interleaved"][:2]) * mixed[0], 1)
-    return 2 * trained * sae_bytes(n.models[model].adapter.d_model, width)
+    return kinds * trained * sae_bytes(n.models[model].adapter.d_model, width)
 
 
 def _05(n, v):
@@ -581,7 +581,7 @@ def _05(n, v):
     n.phase([model])
     if v["sae_source"] == "train":
         n.fetch(v["documents"], sum(v["interleaved"]))
-        _sae_v(n, v, "05", model, at, v["autocast"], seeds, documents, "batch_sizes[2]")
+        _sae_v(n, v, "05", model, at, v["autocast"], seeds, documents, "batch_sizes[2]", 3)
     width = n.models[model].adapter.d_model
     n.phase([model], 3 * seeds * sae_bytes(width, v["expansion"] * width))  # trained, and random ones of both kinds
     n.images(v["dataset"], v["images_per_class"])
