@@ -144,8 +144,8 @@ def forest(said, about):
         _whisker(ax, y, effect, PALETTE[i], marker="D", ms=7 if y < 2 else 5)
         if control:
             _whisker(ax, y + 0.25, control, "#666666", marker="o", mfc="white", ms=5)
-        printed = str(Interval(effect["effect"], *(effect["ci"] or (None, None)), 0))
-        ax.text(1.02, y, printed, transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
+        beside = dict(transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
+        ax.text(1.02, y, str(Interval.told(effect)), **beside)
     ax.axvline(stated["null"], color="#444444", lw=1, ls="--", marker="")
     main = [x for one in (stated, beyond, beyond.get("control")) if one for x in (one["effect"], *(one["ci"] or []))]
     low, high = min([*main, stated["null"]]), max([*main, stated["null"]])

@@ -31,6 +31,11 @@ class Interval(NamedTuple):
         value, *ends = (round(x, 12) + 0.0 for x in self[:3] if x is not None)  # 0, not what rounding left of it
         return f"{value:.3g}" + (" [{:.3g}, {:.3g}]".format(*ends) if ends else "")
 
+    @classmethod
+    def told(cls, effect: Mapping) -> Interval:
+        """The interval of an effect as `claims.Claim.as_dict` has it."""
+        return cls(effect["effect"], *(effect["ci"] or (None, None)), effect["n"])
+
     def at(self, level: float) -> Interval:
         """The interval at another confidence level than .95: its sides scaled as those of a t-interval over n."""
         if self.lo is None:

@@ -153,7 +153,7 @@ def ledger_table(entries):
     rows = []
     for about, said, name in entries:
         stated, beyond = (said or {}).get("as_stated"), (said or {}).get("beyond_control")
-        effect = f"{Interval(stated['effect'], *(stated['ci'] or (None, None)), 0)} {about.unit}" if stated else ""
+        effect = f"{Interval.told(stated)} {about.unit}" if stated else ""
         row = {"claim": f"{about.id} {about.says}", "as stated": stated["verdict"] if stated else "not run"}
         row["beyond control"] = beyond["verdict"] if beyond else "no control" if stated else ""
         row |= {"effect": effect, "varied": stated["varied"] if stated else "", "this world can tell": about.decides}
@@ -173,14 +173,13 @@ def sae_table(profile):
     rows = {}
     for path in sorted((artifacts_root() / profile).glob("*/results.json")):
         read = json.loads(path.read_text(encoding="utf-8"))
+        number, architecture = path.parent.name.split("_")[0], read["parameters"].get("architecture", "standard")
         for name, metric in read["metrics"].items():
             named = re.fullmatch(rf"sparsity_({'|'.join(measures)})_?(.*)", name)
             if named and not {"matched", "even"} & {*name.split("_")}:
-                which = re.sub(r"^(?!.*block)(.*?)_?(\d+)$", r"\1_block_\2", named[2])
-                about = {"notebook": path.parent.name.split("_")[0], "SAEs": which.strip("_").replace("_", " ")}
-                about["architecture"] = read["parameters"].get("architecture", "standard")
-                row = rows.setdefault((path.parent.name, named[2]), about | {"seeds": metric["n"]})
-                row[measures[named[1]]] = f"{metric['value']:.3g}"
+                which = re.sub(r"^(?!.*block)(.*?)_?(\d+)$", r"\1_block_\2", named[2]).strip("_").replace("_", " ")
+                row = {"notebook": number, "SAEs": which, "architecture": architecture, "seeds": metric["n"]}
+                rows.setdefault((number, which), row)[measures[named[1]]] = f"{metric['value']:.3g}"
     columns = ["notebook", "SAEs", "architecture", "seeds", *measures.values()]
     return pd.DataFrame(rows.values(), columns=columns).fillna("")
 

@@ -14,13 +14,14 @@ import torch
 
 from mmsae_helpers import data, models, saes
 from mmsae_helpers.activations import stream
+from mmsae_helpers.meters.feed import feed
+from mmsae_helpers.meters.health import HealthMeter
 
 
-def residuals(dtype: str, texts, layers) -> dict[int, torch.Tensor]:
-    """Residuals [N, d_model] of all words of ``texts`` after each of ``layers``, in float32."""
+def read(dtype: str, texts, layers) -> list:
+    """Residuals, in float32, of all words of ``texts`` after each of ``layers``."""
     adapter = models.load("real/smollm2", "cpu", dtype)
-    batches = list(stream(adapter, data.document_batches(adapter, texts, 16, max_tokens=256), layers, "text"))
-    return {layer: torch.cat([batch.acts[layer] for batch in batches]) for layer in layers}
+    return list(stream(adapter, data.document_batches(adapter, texts, 16, max_tokens=256), layers, "text"))
 
 
 @torch.no_grad()
@@ -31,20 +32,21 @@ def main() -> None:
     options = parser.parse_args()
     found = {int(folder.name.split("_")[1]): saes.load(folder) for folder in options.saes.glob("layer_*_seed_10")}
     texts = data.documents("real/glosses", options.documents)
-    both = [residuals(dtype, texts, sorted(found)) for dtype in ("float32", "bfloat16")]
+    both = [read(dtype, texts, sorted(found)) for dtype in ("float32", "bfloat16")]
+    health = [feed({layer: HealthMeter(sae, layer) for layer, sae in found.items()}, batches) for batches in both]
     print("| block | relative error | median token's | L0 | explained variance | features in common |")
     print("| --- | --- | --- | --- | --- | --- |")
     for layer, sae in sorted(found.items()):
-        single, half = (acts[layer] for acts in both)
-        apart, features = (half - single).norm(dim=1), [sae.encode(x) for x in (single, half)]
-        l0 = [float((f > 0).sum(1).float().mean()) for f in features]
-        left = [(x - sae.decode(f)).square().sum() for x, f in zip((single, half), features, strict=True)]
-        explained = [1 - float(e / (x - x.mean(0)).square().sum()) for x, e in zip((single, half), left, strict=True)]
-        either, common = ((features[0] > 0) | (features[1] > 0)).sum(1), ((features[0] > 0) & (features[1] > 0)).sum(1)
+        single, half = (torch.cat([batch.acts[layer] for batch in batches]) for batches in both)
+        apart, active = (half - single).norm(dim=1), [sae.encode(x) > 0 for x in (single, half)]
+        either, common = (active[0] | active[1]).sum(1), (active[0] & active[1]).sum(1)
         shared = float((common / either)[either > 0].mean())
         error, median = float(apart.norm() / single.norm()), float((apart / single.norm(dim=1)).median())
-        print(f"| {layer} | {error:.4f} | {median:.4f} | {l0[0]:.1f}, {l0[1]:.1f} | ", end="")
-        print(f"{explained[0]:.3f}, {explained[1]:.3f} | {shared:.3f} |")
+        l0, explained = (
+            ", ".join(f"{getattr(h[layer], what):.{n}f}" for h in health)
+            for what, n in (("l0", 1), ("explained_variance", 3))
+        )
+        print(f"| {layer} | {error:.4f} | {median:.4f} | {l0} | {explained} | {shared:.3f} |")
 
 
 if __name__ == "__main__":
