@@ -563,16 +563,16 @@ def _04(n, v):
                 measure(base, "text", plain, at, width, number)
 
 
-def _sae_v(n, v, name, model, layer, autocast, trained, batch, param, kinds=2):
-    """The SAE-Vs of 05 and 06, and the held-out documents; bytes of these SAEs, of ``kinds`` with their random ones."""
+def _sae_v(n, v, name, model, layer, autocast, trained, batch, param):
+    """The SAE-Vs of 05 and 06, and the held-out documents; bytes of these SAEs and of both kinds of random ones."""
     mixed, width = n.document(v["documents"], model, v["context"]), v["expansion"] * n.models[model].adapter.d_model
     n.train(name, model, trained, width, v["sae_batch_size"], v["sae_steps"][0], autocast)
     tokens, cached = (v["sae_steps"][0] + v["norm_batches"]) * v["sae_batch_size"], v.get("cache", True)
     learn = v["interleaved"][0] if cached else tokens / mixed[0]
     n.run(model, learn + v["interleaved"][1], mixed, batch, param, layer)
-    n.encode(model, kinds * trained, width, v["interleaved"][1] * mixed[0])
+    n.encode(model, 3 * trained, width, v["interleaved"][1] * mixed[0])
     n.shards(name, model, cached * sum(v["interleaved"][:2]) * mixed[0], 1)
-    return kinds * trained * sae_bytes(n.models[model].adapter.d_model, width)
+    return 3 * trained * sae_bytes(n.models[model].adapter.d_model, width)
 
 
 def _05(n, v):
@@ -581,7 +581,7 @@ def _05(n, v):
     n.phase([model])
     if v["sae_source"] == "train":
         n.fetch(v["documents"], sum(v["interleaved"]))
-        _sae_v(n, v, "05", model, at, v["autocast"], seeds, documents, "batch_sizes[2]", 3)
+        _sae_v(n, v, "05", model, at, v["autocast"], seeds, documents, "batch_sizes[2]")
     width = n.models[model].adapter.d_model
     n.phase([model], 3 * seeds * sae_bytes(width, v["expansion"] * width))  # trained, and random ones of both kinds
     n.images(v["dataset"], v["images_per_class"])
