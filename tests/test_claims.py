@@ -86,6 +86,17 @@ def test_parts_stand_at_holms_levels():
     assert list(parts) == ["vague", "clear"]
     assert parts["vague"]["ci_holm"] == pytest.approx(list(vague.ci()[1:3]))
     assert parts["clear"]["ci_holm"] == pytest.approx(list(clear.ci(level=0.975)[1:3]))
+    said = (
+        Claim("A6")
+        .primary(clear, control=vague)
+        .part("ours", clear, vague)
+        .part("plain", clear)
+        .part("none", vague, clear)
+    )
+    less = said.as_dict()["parts"]
+    assert less["plain"]["beyond"] is None, "what is beyond controls is a family of its own"
+    assert less["ours"]["beyond"]["ci"] == pytest.approx(list((clear - vague).ci(level=0.975)[1:3]))
+    assert less["none"]["beyond"]["ci"] == pytest.approx(list((vague - clear).ci()[1:3]))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -111,5 +122,9 @@ def test_what_cannot_be_is_one_clear_line():
         Claim("A6").primary(seeds(1, 2))
     with pytest.raises(InputError, match="C2: an effect is not finite"):
         Claim("C2").primary(Interval(float("nan"), None, None, 0))
+    with pytest.raises(InputError, match="C2: an effect is not finite"):
+        Claim("C2").primary(Interval(0.1, 0.0, float("inf"), 3))
+    with pytest.raises(InputError, match="C2: an effect is observations or an interval, not 0.3"):
+        Claim("C2").primary(0.3)
     with pytest.raises(InputError, match="seed 2 is measured on one side only"):
         Claim("A6").primary(seeds(1, 2, 3), control=seeds(0, 1))

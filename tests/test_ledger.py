@@ -42,6 +42,8 @@ def test_the_page_has_a_forest_a_table_and_a_section_a_claim(chromium, pages):
         assert f"{id} · {about.says}" in shown and about.figure[:30] in shown and about.because[:40] in shown
     assert definitions()["A8"].history[0]["definition"] in shown, "former definitions stand there"
     assert "not run" in shown and "no control" in shown and "NaN" not in shown and "trained block 4" in shown
+    link = page.locator("main table a").first
+    assert link.inner_text() == "01" and link.get_attribute("href") == "01_llava_transfer_signal.html"
     assert page.locator("main table").first.bounding_box()["width"] <= 900, "the table fits the page"
     page.context.close()
     phone, _, _ = visit(chromium, pages / "08_claims_ledger.html", viewport={"width": 390, "height": 800})

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import papermill
 import pytest
 import throwaway
+import yaml
 
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.suite import parameters
@@ -109,3 +112,9 @@ def test_computed_default_is_refused(tmp_path):
         throwaway.write(tmp_path, "01_x", parameters=f"a = 1\n{line}")
         with pytest.raises(InputError, match="line 2 of the parameters cell"):
             parameters.defaults(tmp_path / "notebooks" / "01_x.ipynb")
+
+
+@pytest.mark.parametrize("name", ["claims.yaml", "preflight.yaml"])
+def test_no_key_of_the_packages_own_files_is_there_twice(name):
+    text = (Path(parameters.__file__).parent / name).read_bytes()
+    assert yaml.load(text, parameters._Loader)

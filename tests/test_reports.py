@@ -26,7 +26,8 @@ CELLS = [
     "display(HTML('<script>window.hacked = 6</script><img src=\"https://example.com/a.png\">'))\n"
     "display(Javascript('window.hacked = 7'))\ndisplay(Latex('$$y^2$$'))\n"
     "print('<script>window.hacked = 8</script>')",
-    "import sys\n\nprint('bar:  50%|█████     | 5/10 [00:01<00:01]', file=sys.stderr)\n"
+    "import sys\n\nbars = ['bar:  50%|██  | 5/10 [00:01<00:01]', 'Map: 4000 examples [00:00, 9/s]', 'a warning']\n"
+    "print(*bars, sep='\\n', file=sys.stderr)\n"
     "pd.DataFrame({'x': [1 / 3, float('nan')]})",
     "fig, ax = plt.subplots()\nax.plot([2, 1])\nfigures.caption(fig, 'It carries the story.', lead=True)",
     "effect = Observations({(s,): 0.2 + s / 100 for s in range(3)}, 'seed')\n"
@@ -40,6 +41,7 @@ def pages(tmp_path_factory):
     throwaway.write(root, "01_signal", CELLS, parameters='profile = "tiny"\nnames = ["<script>"]  # classes')
     throwaway.write(root, "02_broken", ["# Broken", "raise ValueError('<script>window.hacked = 9</script>')"])
     throwaway.write(root, "03_other", ["# No figure"])
+    throwaway.write(root, "04_figure", ["# No claim", *CELLS[1:3]])
     assert runner.run(root, single=True, out=io.StringIO()) == 1
     return root / "reports/tiny"
 
@@ -79,7 +81,8 @@ def test_the_head_answers_before_it_explains(chromium, pages):
     assert page.locator("main h1").count() == 0 and page.locator("h1").count() == 1
     assert not page.locator("details.facts").evaluate("d => d.open"), "parameters are folded"
     shown = page.locator("main").inner_text()
-    assert "50%|" not in shown and "NaN" not in shown and "0.333" in shown and "0.3333" not in shown
+    assert not [text for text in ("50%|", "examples", "NaN", "0.3333") if text in shown]
+    assert "a warning" in shown and "0.333" in shown
     page.context.close()
 
 
@@ -180,10 +183,13 @@ def test_readable_on_a_phone(chromium, pages):
 def test_index_shows_each_notebook(chromium, pages):
     page, _, _ = visit(chromium, pages / "index.html")
     cards = page.locator("article")
-    assert cards.count() == 3
+    assert cards.count() == 4
     first, second = cards.nth(0).inner_text(), cards.nth(1).inner_text()
     assert "✓ done" in first and "A1 Retrieved features" in first and cards.nth(0).locator("img").count() == 1
     assert "✗ failed" in second and "Traceback" in second and "<script>window.hacked = 9</script>" in second
+    assert "Class <script>window.hacked = 2</script> rises." in cards.nth(3).inner_text(), (
+        "no claim: its lead figure's words"
+    )
     page.click("article h2 a >> nth=0")
     page.wait_for_url("**/01_signal.html")
     page.context.close()

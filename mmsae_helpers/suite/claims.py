@@ -104,35 +104,31 @@ class Claim:
         return said
 
     def _corrected(self) -> dict:
-        """Parts with intervals at Holm's levels: the clearest at 1 - .05 / m, the next at 1 - .05 / (m - 1), ..."""
-
-        def clear(part):
-            effect = part[0]
-            return 0.0 if effect.lo is None else abs(effect.value) / max(effect.hi - effect.lo, 1e-300)
-
-        order = sorted(self._parts, key=lambda name: -clear(self._parts[name]))
-        found = {}
-        for rank, name in enumerate(order):
-            effect, control, beyond, _ = self._parts[name]
-            level = 1 - 0.05 / (len(order) - rank)
-            found[name] = {"effect": effect.value, "ci_holm": _ends(effect.at(level)), "n": effect.n}
-            found[name]["control"] = _plain(control) if control else None
-            found[name]["beyond"] = _plain(beyond) if beyond else None
-        return {name: found[name] for name in self._parts}
+        """Parts, and what they are beyond their controls, each of the two families with intervals at Holm's levels."""
+        effects = _holm({name: part[0] for name, part in self._parts.items()})
+        beyonds = _holm({name: part[2] for name, part in self._parts.items() if part[2]})
+        return {
+            name: {"effect": effects[name].value, "ci_holm": _ends(effects[name]), "n": effects[name].n}
+            | {"control": control and _plain(control), "beyond": beyond and _plain(beyonds[name])}
+            for name, (_, control, beyond, _) in self._parts.items()
+        }
 
     def _with_control(self, effect, control) -> tuple:
-        varied = effect.varied if isinstance(effect, Observations) else f"n = {effect.n}"
+        interval = self._interval(effect)
+        varied = effect.varied if isinstance(effect, Observations) else f"n = {interval.n}"
         if control is None:
-            return self._interval(effect), None, None, varied
+            return interval, None, None, varied
         if not (isinstance(effect, Observations) and isinstance(control, Observations)):
             raise InputError(f"claim {self.about.id}: give effect and control as observations, so that they are paired")
-        return self._interval(effect), self._interval(control), self._interval(effect - control), varied
+        return interval, self._interval(control), self._interval(effect - control), varied
 
     def _interval(self, effect) -> Interval:
         effect = effect.ci() if isinstance(effect, Observations) else effect
-        if not math.isfinite(effect.value):
+        if not isinstance(effect, Interval):
+            raise InputError(f"claim {self.about.id}: an effect is observations or an interval, not {effect!r}")
+        if not all(math.isfinite(x) for x in effect[:3] if x is not None):
             raise InputError(
-                f"claim {self.about.id}: an effect is not finite ({effect.value}); leave out what failed, counted"
+                f"claim {self.about.id}: an effect is not finite ({effect}); leave out what failed, counted"
             )
         return effect
 
@@ -153,9 +149,9 @@ def show(said: dict) -> None:
     about = definitions()[said["id"]]
     display(Markdown(f"**{about.id}. {about.says}** {badges(said)}  \n{said['sentence']}"))
     figure = figures.forest(said, about)
-    beside = "Rings: the control." if "beyond_control" in said else "There is no control."
+    beside = "Rings: the control" if "beyond_control" in said else "There is no control"
     what = f"{about.contrast[:1].upper()}{about.contrast[1:]}; {said['as_stated']['varied']}, 95 % intervals"
-    figures.caption(figure, f"{what}, of parts at Holm's levels. {beside}")
+    figures.caption(figure, f"{what}, of parts at Holm's levels. {beside}; arrows: beyond the axis.")
 
 
 def story(about, said: dict | None, notebook: str = "") -> None:
@@ -180,6 +176,17 @@ def badges(said: dict) -> str:
     """Both verdicts in words."""
     words = f"As stated: *{said['as_stated']['verdict']}*"
     return words + (f"; beyond control: *{said['beyond_control']['verdict']}*." if "beyond_control" in said else ".")
+
+
+def _holm(effects: Mapping[str, Interval]) -> dict[str, Interval]:
+    """Each with its interval at Holm's level: the clearest at 1 - .05 / m, the next at 1 - .05 / (m - 1), ..."""
+
+    def unclear(name: str) -> float:
+        value, lo, hi, _ = effects[name]
+        return 0.0 if lo is None else -abs(value) / max(hi - lo, 1e-300)
+
+    order = sorted(effects, key=unclear)
+    return {name: effects[name].at(1 - 0.05 / (len(order) - rank)) for rank, name in enumerate(order)}
 
 
 def _ends(effect: Interval) -> list | None:

@@ -127,7 +127,8 @@ def forest(said, about):
     """Figure of a claim (`claims.Claim.as_dict`): the primary effect and its control, parts, readings, sensitivity.
 
     A diamond is an effect, a ring its control's; the line is what the verdict is judged against. A part so far off that
-    it would flatten all others stands at the edge as an arrow; every effect is also printed.
+    it would flatten all others stands at the edge as an arrow; every effect is also printed, and what
+    a part is beyond its control.
     """
     import matplotlib.pyplot as plt
 
@@ -145,7 +146,8 @@ def forest(said, about):
         if control:
             _whisker(ax, y + 0.25, control, "#666666", marker="o", mfc="white", ms=5)
         beside = dict(transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
-        ax.text(1.02, y, str(Interval.told(effect)), **beside)
+        less = f"; beyond control {Interval.told(effect['beyond'])}" if effect.get("beyond") else ""
+        ax.text(1.02, y, f"{Interval.told(effect)}{less}", **beside)
     ax.axvline(stated["null"], color="#444444", lw=1, ls="--", marker="")
     main = [x for one in (stated, beyond, beyond.get("control")) if one for x in (one["effect"], *(one["ci"] or []))]
     low, high = min([*main, stated["null"]]), max([*main, stated["null"]])

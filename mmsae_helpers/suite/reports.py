@@ -37,7 +37,7 @@ ATTRIBUTES = {
     # any other image would be a request
     "img": lambda _, name, value: name in ("alt", "width", "height") or (name, value[:11]) == ("src", "data:image/"),
 }
-PROGRESS = re.compile(r"\d%\||\dit \[|\r")
+PROGRESS = re.compile(r"\d%\||\[(\d+:)?\d\d:\d\d[<,]|\r")  # of tqdm
 DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
 LOG = logging.getLogger("mmsae.reports")
 LOG.setLevel(logging.ERROR)  # nbconvert warns of the pictures that get their words below
@@ -92,7 +92,10 @@ def _prepare(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = markdown(cell.source, cell.get("attachments"))
-        cell.outputs = [o for o in cell.get("outputs", []) if not PROGRESS.search(o.get("text", ""))]
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                output.text = "".join(line for line in output.text.splitlines(True) if not PROGRESS.search(line))
+        cell.outputs = [o for o in cell.get("outputs", []) if o.get("text", "bar") != ""]
         for output in cell.outputs:
             for mime in DROPPED:
                 output.get("data", {}).pop(mime, None)
@@ -219,6 +222,7 @@ def render_index(plan, names, page):
             "thumbnail": _png(_lead(shown)[0]) if _lead(shown) else "",
             "minutes": _duration(status.get("duration_s", 0)),
             "claims": _claims(result),
+            "lead": html.unescape(_lead(shown)[1].data["text/markdown"]).replace("*", "") if _lead(shown) else "",
         }
         cards.append(card | {"status": "not run"} | status)
     template = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True).get_template("overview.html.j2")

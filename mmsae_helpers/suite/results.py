@@ -159,7 +159,7 @@ def ledger_table(entries):
         row |= {"effect": effect, "varied": stated["varied"] if stated else "", "this world can tell": about.decides}
         former = about.history[-1] if about.history else {}
         row["explored"] = " / ".join(former[way] for way in ("verdict", "beyond") if way in former)
-        rows.append(row | {"notebook": name.split("_")[0]})
+        rows.append(row | {"notebook": name})
     return pd.DataFrame(rows)
 
 
