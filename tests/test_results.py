@@ -9,7 +9,7 @@ from scipy import stats
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.suite import results
 from mmsae_helpers.suite.claims import definitions
-from mmsae_helpers.suite.observations import Interval, Observations, bootstrap_ci, crossed_ci, mean_ci
+from mmsae_helpers.suite.observations import Interval, Observations, bootstrap_ci, crossed_ci, mean_ci, redrawn_ci
 from mmsae_helpers.suite.results import Run
 
 
@@ -57,6 +57,14 @@ def test_crossed_interval_covers_repetitions_and_samples():
 
 def seeds(*values):
     return Observations({(s,): v for s, v in enumerate(values)}, "seed")
+
+
+def test_draws_of_the_images_widen_the_interval_over_seeds():
+    seeds_alone = np.array([0.1, 0.4, 0.3])
+    assert redrawn_ci(np.tile(seeds_alone[:, None], 6)) == pytest.approx(mean_ci(seeds_alone))
+    both, t = redrawn_ci(seeds_alone[:, None] + np.array([-0.2, 0.0, 0.2])), 4.3027
+    assert both.hi - both.value == pytest.approx(t * np.sqrt(seeds_alone.var(ddof=1) / 3 + 0.04), rel=1e-4)
+    assert redrawn_ci([[0.1, 0.3]]) == pytest.approx((0.2, None, None, 1))
 
 
 def test_run_writes_the_contract(root):

@@ -79,6 +79,18 @@ def crossed_ci(values, level=0.95, resamples=2000):
     return Interval(float(values.mean()), float(lo), float(hi), n)
 
 
+def redrawn_ci(values, level=0.95):
+    """Mean of ``values`` [seeds, draws], each draw a bootstrap sample of the images, the same for every seed, with a
+    t-interval over seeds to whose variance that over the draws is added; n is the number of seeds."""
+    over_seeds, over_draws = (np.asarray(values, float).mean(axis) for axis in (1, 0))
+    alone = mean_ci(over_seeds, level)
+    if alone.lo is None:
+        return alone
+    t = stdtrit(alone.n - 1, (1 + level) / 2)
+    half = t * np.sqrt(over_seeds.var(ddof=1) / alone.n + over_draws.var(ddof=1))
+    return Interval(alone.value, float(alone.value - half), float(alone.value + half), alone.n)
+
+
 class Observations:
     """A tidy table of measurements and their ``unit``.
 
