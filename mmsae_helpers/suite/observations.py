@@ -190,13 +190,13 @@ class Observations:
         return Observations(frame, unit=self.unit)
 
     def table(self, rows, columns=None) -> pd.DataFrame:
-        """Intervals as text to three digits, by the factors ``rows`` and ``columns``, the unit in the head; what is not
-        there is empty."""
+        """Intervals as text to three digits, by the factors ``rows`` and ``columns``, in the order that they come in, the
+        unit in the head; what is not there is empty."""
         by = [*([rows] if isinstance(rows, str) else rows), *([columns] if isinstance(columns, str) else columns or [])]
         said = self.ci(by).map(str)
         if not columns:
             return said.to_frame(self.unit or "value")
-        wide = said.unstack(columns, fill_value="")
+        wide = said.unstack(columns, fill_value="", sort=False)
         first, *others = wide.columns.names
         return wide.rename_axis(columns=[f"{self.unit} · {first}" if self.unit else first, *others])
 
