@@ -190,8 +190,8 @@ class Observations:
         return Observations(frame, unit=self.unit)
 
     def table(self, rows, columns=None) -> pd.DataFrame:
-        """Intervals as text to three digits, by the factors ``rows`` and ``columns``, in the order that they come in, the
-        unit in the head; what is not there is empty."""
+        """Intervals as text to three digits by the factors ``rows`` and ``columns``, their levels in the order of the
+        measurements, the unit in the head; what is not there is empty."""
         by = [*([rows] if isinstance(rows, str) else rows), *([columns] if isinstance(columns, str) else columns or [])]
         said = self.ci(by).map(str)
         if not columns:

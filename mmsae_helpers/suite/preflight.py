@@ -588,6 +588,7 @@ def _05(n, v):
     sample = n.asked(v["dataset"], model, 3 * PROMPT)  # ten options
     # of four scores and one lot a seed, of three scores without an SAE, of controls at the last share; of the curve
     masks = 5 * shares * seeds + 3 * shares + 4 * seeds * (2 + len(v["weight_readings"])) + 8 * len(v["more_shares"])
+    masks += len(v["deltas"]) * seeds  # of the one score that it changes
     n.run(model, v["n_images"] * (masks + 10), sample, images, "batch_sizes[0]")
     n.run(model, v["n_images"], sample, with_gradients, "batch_sizes[1]", grad="inputs")
 
