@@ -85,6 +85,13 @@ def test_a_table_has_three_digits_and_no_empty_nan():
         {(m, b, s): 1 / 3 + s for m, b in (("a", 0), ("a", 2), ("b", 0)) for s in range(3)}, "m block seed"
     )
     assert rows.table("block", "m").loc[2, "b"] == "" and rows.table("block", "m").loc[0, "a"] == "1.33 [-1.15, 3.82]"
+    named = {(m, b, s): 1.0 for b in (2, 0) for m in ("z", "a") for s in range(2)}
+    assert list(Observations(named, "m block seed").table(["m", "block"]).index) == [
+        ("z", 2),
+        ("z", 0),
+        ("a", 2),
+        ("a", 0),
+    ]
     head = Observations(rows.frame, unit="nats").table("block", "m").columns
     assert head.name == "nats · m" and list(head) == ["a", "b"], "the unit is in the head"
     assert Observations({(0,): 0.5}, "seed").ci() == Interval(0.5, None, None, 1)

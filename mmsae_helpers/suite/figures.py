@@ -147,7 +147,7 @@ def forest(said, about):
             _whisker(ax, y + 0.25, control, "#666666", marker="o", mfc="white", ms=5)
         beside = dict(transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
         less = f"; beyond control {Interval.told(effect['beyond'])}" if effect.get("beyond") else ""
-        ax.text(1.02, y, f"{Interval.told(effect)}{less}", **beside)
+        ax.text(1.04, y, f"{Interval.told(effect)}{less}", **beside)
     ax.axvline(stated["null"], color="#444444", lw=1, ls="--", marker="")
     main = [x for one in (stated, beyond, beyond.get("control")) if one for x in (one["effect"], *(one["ci"] or []))]
     low, high = min([*main, stated["null"]]), max([*main, stated["null"]])

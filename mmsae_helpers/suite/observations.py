@@ -193,7 +193,8 @@ class Observations:
         """Intervals as text to three digits by the factors ``rows`` and ``columns``, their levels in the order of the
         measurements, the unit in the head; what is not there is empty."""
         by = [*([rows] if isinstance(rows, str) else rows), *([columns] if isinstance(columns, str) else columns or [])]
-        said = self.ci(by).map(str)
+        place = {c: {level: i for i, level in enumerate(self.frame[c].unique())} for c in by}
+        said = self.ci(by).map(str).sort_index(key=lambda levels: levels.map(place[levels.name]))
         if not columns:
             return said.to_frame(self.unit or "value")
         wide = said.unstack(columns, fill_value="", sort=False)
