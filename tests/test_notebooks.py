@@ -37,6 +37,9 @@ def test_shape(path):
     assert lengths[len(lengths) // 2] <= 8 and lengths[-1] <= 25, f"median at most 8 lines, longest 25: {lengths}"
     assert not [line for text in code for line in text.splitlines() if len(line) > 120]
     assert not [line for text in own for line in text.splitlines() if "note" in line and "+=" in line]
+    lines = [line for text in own for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    books = [line for line in lines if re.search(r"run\.(metrics?|claim|save)\(|\.(part|reading|sensitivity)\(", line)]
+    assert len(books) <= max(0.1 * len(lines), 4), f"bookkeeping in {len(books)} of {len(lines)} lines"
     assert kinds.count("markdown") >= 0.75 * len(code), "three prose cells for every four code cells"
     assert "code code code code" not in " ".join(kinds), "never more than three code cells without prose"
     text = "\n".join(code)

@@ -1,4 +1,4 @@
-"""One pass over tokens, many meters: the only such loop in the package.
+"""One pass over tokens, many meters: the only loop of the package that encodes with several SAEs.
 
 A meter is what is computed from one pass: it has ``sae``, ``layer`` and ``scale``, takes what it wants of each batch,
 and gives a ``result()``. Several meters of one SAE share its encoding.
