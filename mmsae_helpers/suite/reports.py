@@ -37,7 +37,8 @@ ATTRIBUTES = {
     # any other image would be a request
     "img": lambda _, name, value: name in ("alt", "width", "height") or (name, value[:11]) == ("src", "data:image/"),
 }
-PROGRESS = re.compile(r"\d%\||\[(\d+:)?\d\d:\d\d[<,]|\r")  # of tqdm
+# of tqdm: what stands before the times, and these; a warning may follow on its line
+PROGRESS = re.compile(r"[^\r\n]*?(\d%\|[^\[\r\n]*)?\[(\d+:)?\d\d:\d\d[<,][^\]\r\n]*\]\s?|\r")
 DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
 LOG = logging.getLogger("mmsae.reports")
 LOG.setLevel(logging.ERROR)  # nbconvert warns of the pictures that get their words below
@@ -94,8 +95,8 @@ def _prepare(notebook):
             cell.source = markdown(cell.source, cell.get("attachments"))
         for output in cell.get("outputs", []):
             if "text" in output:
-                output.text = "".join(line for line in output.text.splitlines(True) if not PROGRESS.search(line))
-        cell.outputs = [o for o in cell.get("outputs", []) if o.get("text", "bar") != ""]
+                output.text = PROGRESS.sub("", output.text)
+        cell.outputs = [o for o in cell.get("outputs", []) if o.get("text", "a figure").strip()]
         for output in cell.outputs:
             for mime in DROPPED:
                 output.get("data", {}).pop(mime, None)
