@@ -37,8 +37,7 @@ ATTRIBUTES = {
     # any other image would be a request
     "img": lambda _, name, value: name in ("alt", "width", "height") or (name, value[:11]) == ("src", "data:image/"),
 }
-# of tqdm: what stands before the times, and these; a warning may follow on its line
-PROGRESS = re.compile(r"[^\r\n]*?(\d%\|[^\[\r\n]*)?\[(\d+:)?\d\d:\d\d[<,][^\]\r\n]*\]\s?|\r")
+PROGRESS = re.compile(r"\[(?:\d+:)?\d\d:\d\d[<,][^\]]{0,99}\]\s?")  # the end of a bar of tqdm
 DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
 LOG = logging.getLogger("mmsae.reports")
 LOG.setLevel(logging.ERROR)  # nbconvert warns of the pictures that get their words below
@@ -95,7 +94,8 @@ def _prepare(notebook):
             cell.source = markdown(cell.source, cell.get("attachments"))
         for output in cell.get("outputs", []):
             if "text" in output:
-                output.text = PROGRESS.sub("", output.text)
+                lines = (line for line in output.text.splitlines(True) if not line.endswith("\r"))
+                output.text = "".join(PROGRESS.split(line)[-1] for line in lines)  # a warning may follow a bar
         cell.outputs = [o for o in cell.get("outputs", []) if o.get("text", "a figure").strip()]
         for output in cell.outputs:
             for mime in DROPPED:
