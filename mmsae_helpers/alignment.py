@@ -180,8 +180,8 @@ def fine_tune(
     config, trainer = (DPOConfig, DPOTrainer) if how == "dpo" else (SFTConfig, SFTTrainer)
     options = {"activation_checkpointing": False} | ({"beta": beta} if how == "dpo" else {}) | options
     options |= {"max_steps": steps} if steps is not None else {"num_train_epochs": epochs}
-    hushed = warnings.catch_warnings(action="ignore", category=FutureWarning)  # TRL asks transformers by old names
-    with hushed, _tuning(adapter), TemporaryDirectory() as temporary:
+    with warnings.catch_warnings(), _tuning(adapter), TemporaryDirectory() as temporary:
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # TRL asks by the old name
         config = config(
             output_dir=str(folder or temporary), seed=seed, data_seed=seed, learning_rate=learning_rate,
             per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulate, bf16=bf16,

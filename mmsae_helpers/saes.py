@@ -26,6 +26,7 @@ from mmsae_helpers.workers import autocast, crew
 SAE_ID = "blocks.{layer}.hook_resid_post"
 FOLDER = "layer_{:02d}_seed_{}"
 ARCHITECTURES = ("standard", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu")
+BUFFER = 65_536  # tokens that are mixed
 CHUNK = 32  # batches within which each seed has its own order
 
 
@@ -96,7 +97,7 @@ class Job(NamedTuple):
     config: TrainingConfig
 
 
-def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> Iterator[dict]:
+def shuffled(tokens, batch_size: int, buffer: int = BUFFER, seed: int = 0) -> Iterator[dict]:
     """Mix a stream of TokenBatch into batches {layer: [batch_size, d]}, the same tokens in every layer, half of the
     tokens in `buffer` at a time. A callable that returns a fresh stream is replayed without end, from memory where the
     buffer holds it whole; an iterator ends with its tokens, less an incomplete batch."""
@@ -129,6 +130,18 @@ def shuffled(tokens, batch_size: int, buffer: int = 65_536, seed: int = 0) -> It
         whole = passed
     if rows:
         yield from draw(leave=0)
+
+
+def sample(tokens, n: int = 8192) -> dict:
+    """{layer: [n, d]} of a stream of TokenBatch, the first batch that `shuffled` draws, or all tokens where there are
+    fewer than n; no more of the stream is read than fills the buffer."""
+    held, rows = [], 0
+    for batch in tokens:
+        held.append(batch)
+        rows += len(batch.token)
+        if rows >= max(BUFFER, 2 * n):
+            break
+    return next(shuffled(iter(held), min(n, rows)))
 
 
 @contextmanager

@@ -280,6 +280,14 @@ def test_shuffled_keeps_layers_aligned_and_every_token_once():
     assert list(saes.shuffled(iter([]), 50)) == [] and list(saes.shuffled(lambda: [], 50)) == []
 
 
+def test_a_sample_is_the_first_batch_drawn_and_reads_no_more_than_the_buffer(monkeypatch):
+    monkeypatch.setattr(saes, "BUFFER", 300)
+    stream, read = [token_batch({0: part}) for part in torch.arange(1000.0).unsqueeze(1).split(70)], []
+    drawn = saes.sample((read.append(batch) or batch for batch in stream), 50)[0]
+    assert torch.equal(drawn, next(saes.shuffled(iter(stream), 50, buffer=300))[0]) and len(read) == 5
+    assert sorted(saes.sample(stream[:1])[0].flatten().tolist()) == list(range(70)), "fewer: all of them"
+
+
 def test_obtain_trains_only_what_is_missing_and_reloads_equal(tmp_path):
     made = []
 

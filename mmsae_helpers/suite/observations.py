@@ -86,8 +86,7 @@ def redrawn_ci(values, level=0.95):
     alone = mean_ci(over_seeds, level)
     if alone.lo is None:
         return alone
-    t = stdtrit(alone.n - 1, (1 + level) / 2)
-    half = t * np.sqrt(over_seeds.var(ddof=1) / alone.n + over_draws.var(ddof=1))
+    half = np.hypot(alone.hi - alone.value, stdtrit(alone.n - 1, (1 + level) / 2) * over_draws.std(ddof=1))
     return Interval(alone.value, float(alone.value - half), float(alone.value + half), alone.n)
 
 
