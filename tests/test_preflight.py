@@ -189,7 +189,8 @@ def test_command_line(monkeypatch, capsys, cheap):
         (["--tflops", "-1"], "give one of h100, h200, a100, l40s, 4090, and a number above 0"),
         (
             ["--profile", "papers"],
-            "PROFILE=papers: no folder params/papers; there are batchtopk, jumprelu, matryoshka, paper, paper_large, real,",
+            "PROFILE=papers: no folder params/papers; there are "
+            "batchtopk, jumprelu, matryoshka, paper, paper_large, real,",
         ),
         (["99"], "no notebook starts with '99'"),
     ],
