@@ -29,6 +29,7 @@ CELLS = [
     "import sys\n\nbars = ['b:  50%|█ | 5/10 [00:01<00:01]a: Warning', 'Map: 4000 examples [00:00, 9/s]', 'in full']\n"
     "print(*bars, sep='\\n', file=sys.stderr)\n"
     "pd.DataFrame({'x': [1 / 3, float('nan')]})",
+    "print('inner bar [00:01<00:02, 1it/s]\\x1b[A', file=sys.stderr)\n"
     "fig, ax = plt.subplots()\nax.plot([2, 1])\nfigures.caption(fig, 'It carries the story.', lead=True)",
     "effect = Observations({(s,): 0.2 + s / 100 for s in range(3)}, 'seed')\n"
     "run.claim('A1').primary(effect, control=effect * 3)",
@@ -81,8 +82,9 @@ def test_the_head_answers_before_it_explains(chromium, pages):
     assert page.locator("main h1").count() == 0 and page.locator("h1").count() == 1
     assert not page.locator("details.facts").evaluate("d => d.open"), "parameters are folded"
     shown = page.locator("main").inner_text()
-    assert not [text for text in ("50%|", "examples", "NaN", "0.3333") if text in shown]
+    assert not [text for text in ("50%|", "examples", "inner bar", "NaN", "0.3333") if text in shown]
     assert "a: Warning\nin full" in shown and "0.333" in shown
+    assert all(text.strip() for text in page.locator("main pre").all_text_contents()), "no empty output"
     page.context.close()
 
 

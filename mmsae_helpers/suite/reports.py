@@ -37,7 +37,7 @@ ATTRIBUTES = {
     # any other image would be a request
     "img": lambda _, name, value: name in ("alt", "width", "height") or (name, value[:11]) == ("src", "data:image/"),
 }
-PROGRESS = re.compile(r"\[(?:\d+:)?\d\d:\d\d[<,][^\]]{0,99}\]\s?")  # the end of a bar of tqdm
+PROGRESS = re.compile(r"\[(?:\d+:)?\d\d:\d\d[<,][^\]]{0,99}\](?:\s|\x1b\[A)*")  # the end of a bar of tqdm
 DROPPED = ("application/javascript", "application/vnd.jupyter.widget-view+json", "text/vnd.mermaid")
 LOG = logging.getLogger("mmsae.reports")
 LOG.setLevel(logging.ERROR)  # nbconvert warns of the pictures that get their words below
