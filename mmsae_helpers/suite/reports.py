@@ -215,6 +215,7 @@ def render_index(plan, names, page):
         except Exception:  # a broken source, which its status tells of
             shown = nbformat.v4.new_notebook()
         total += status.get("duration_s", 0)
+        words = _lead(shown)[1].data["text/markdown"] if _lead(shown) else ""
         card = {
             "name": name,
             "title": _title(shown, name),
@@ -223,7 +224,7 @@ def render_index(plan, names, page):
             "thumbnail": _png(_lead(shown)[0]) if _lead(shown) else "",
             "minutes": _duration(status.get("duration_s", 0)),
             "claims": _claims(result),
-            "lead": html.unescape(_lead(shown)[1].data["text/markdown"]).replace("*", "") if _lead(shown) else "",
+            "lead": html.unescape(words).removeprefix("*Figure.* ").replace("*", ""),
         }
         cards.append(card | {"status": "not run"} | status)
     template = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True).get_template("overview.html.j2")
