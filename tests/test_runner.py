@@ -247,6 +247,19 @@ def test_runs_of_two_profiles_do_not_meet_and_one_profile_runs_once(waiting):
     assert "up to date" in go(root)[1]
 
 
+def test_what_an_ending_kernel_finds_closed_is_not_the_readers_business(tmp_path, capfd):
+    late = "logging.getLogger('tornado.general').error('Uncaught exception in ZMQStream callback')"
+    said = [
+        "import atexit, logging, sys",
+        "logging.basicConfig(stream=sys.__stderr__)",
+        f"atexit.register(lambda: {late})",
+    ]
+    throwaway.write(tmp_path, "00_alone", ["\n".join([*said, "logging.getLogger('mine').error('to be seen')"])])
+    assert go(tmp_path)[0] == 0
+    seen = capfd.readouterr()
+    assert "ZMQStream" not in seen.out + seen.err and "to be seen" in seen.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_ended_run_leaves_nothing_and_a_rerun_continues(waiting, number):
     root, start = waiting

@@ -262,7 +262,10 @@ def _kernel_manager(plan, folder):
     env = {f"MMSAE_{name.upper()}": str(value) for name, value in plan._asdict().items()}
     env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--IPKernelApp.log_level=50"]
+    # A kernel told to end may find its sockets closed, and would write that to the terminal.
+    quiet = {"log_level": 50, "logging_config": {"loggers": {"tornado": {"level": "CRITICAL"}}}}
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command += [f"--IPKernelApp.{name}={value}" for name, value in quiet.items()]
     spec = KernelSpec(argv=command, env=env, language="python")
     own = {"kernel_spec": property(lambda self: spec), "connection_file": f"{folder}/kernel.json"}
     return type("ThisPython", (AsyncKernelManager,), own | {"transport": "ipc"})  # which only this user can read
