@@ -276,7 +276,8 @@ def build(root: Path, *, families: list[str] | None = None, jobs: int = 2, **how
         wanted += [need for need in STAGES[name].needs if need not in wanted]
     running: dict[str, subprocess.Popen] = {}
     root.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1"} if how.get("device", "cpu") == "cpu" else {}
+    environment = os.environ | threads
     while todo := [n for n in wanted if not (root / n).exists()]:
         for name in todo:
             ready = all((root / need).exists() for need in STAGES[name].needs)
@@ -310,7 +311,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiply every schedule, e.g. 0.01 for a dry run")
     parser.add_argument("--jobs", type=int, default=2, help="stages side by side")
     parser.add_argument("--seed", type=int, default=0, help="another set of models than the one that ships (0)")
-    parser.add_argument("--device", default="cpu", help="cuda trains the families llava and captioner in minutes")
+    parser.add_argument("--device", default="cpu", help="cuda: minutes in place of hours, and other digits")
     parser.add_argument("--install", action="store_true", help="copy what ships into the package when done")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()

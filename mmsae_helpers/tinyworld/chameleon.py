@@ -35,7 +35,7 @@ from mmsae_helpers.tinyworld import language, tokenizer
 from mmsae_helpers.tinyworld.dataset import arrays
 from mmsae_helpers.tinyworld.llava import GRID, PATCH, _bucketed, image_tokens
 from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, IMAGE_SIZE, sample_scene
-from mmsae_helpers.tinyworld.training import IGNORE, fit, numpy_rng, pad, pixels, torch_rng
+from mmsae_helpers.tinyworld.training import IGNORE, fit, here, numpy_rng, pad, pixels, torch_rng
 from mmsae_helpers.workers import autocast
 
 OBJECT_CODES, GROUND_CODES = 384, 128
@@ -66,7 +66,7 @@ def read_outs(tower: CLIPVisionModel, scenes, images: np.ndarray, cover: np.ndar
     Shape and colour are sharpened to near one-hot; each part fades where it is not what the patch is about.
     """
     with autocast():
-        features = image_tokens(tower, images).float().numpy()
+        features = image_tokens(tower, images).float().cpu().numpy()
     some = slice(5000)
     covered = Ridge().fit(features[some].reshape(-1, features.shape[-1]), cover[some].ravel())
     covered = covered.predict(features.reshape(-1, features.shape[-1])).reshape(cover.shape)[..., None]
@@ -97,20 +97,20 @@ def train_tokenizer(tower, scenes, images, masks, *, steps: int, batch: int = 64
     cover = patch_cover(masks)
     values = read_outs(tower, scenes, images, cover)
     model = ChameleonVQVAE(vq_config())
-    codebook = torch.from_numpy(make_codebook(values, cover)).float()
+    codebook = here(make_codebook(values, cover)).float()
     model.quantize.embedding.weight.data.copy_(codebook)
     model.requires_grad_(True).quantize.requires_grad_(False)
     black = np.array([scene.ground == "black" for scene in scenes])
-    black = torch.from_numpy(values[black][cover[black] == 0].mean(0))
-    values, weight = torch.from_numpy(values), 1 + 3 * torch.from_numpy(cover > 0.1).float()
+    black = here(values[black][cover[black] == 0].mean(0))
+    values, weight = here(values), 1 + 3 * here(cover > 0.1).float()
     generator, rng = torch_rng(), numpy_rng(15)
 
     def loss(step):
         i = torch.randint(len(scenes), (batch,), generator=generator)
         painted = rng.random((batch, GRID**2)) >= np.where(rng.random(batch) < 0.25, rng.random(batch), 1)[:, None]
         # bf16 convolutions run at half the speed on the strides that the pixels' permutation leaves
-        shown = pixels(paint_black(images[i.numpy()], painted)).contiguous()
-        painted = torch.from_numpy(painted)
+        shown = pixels(paint_black(images[i.cpu().numpy()], painted)).contiguous()
+        painted = here(painted)
         wanted = torch.where(painted[..., None], black, values[i])
         with autocast():
             latents = model.quant_conv(model.encoder(shown))
@@ -142,7 +142,7 @@ def codes(image_tokenizer: ChameleonVQVAE, images: np.ndarray, batch: int = 250)
     """Code of every patch, int64 [N, 64]."""
     rows = range(0, len(images), batch)
     found = [image_tokenizer.encode(pixels(images[i : i + batch]).contiguous()).image_tokens for i in rows]
-    return torch.cat(found).view(-1, GRID**2).numpy()
+    return torch.cat(found).view(-1, GRID**2).cpu().numpy()
 
 
 def code_scores(image_tokenizer: ChameleonVQVAE, per_class: int = 10) -> dict[str, float]:

@@ -22,7 +22,7 @@ from transformers import (
 from mmsae_helpers.tinyworld import language
 from mmsae_helpers.tinyworld.scenes import ATTRIBUTES, FINE_NAMES, IMAGE_SIZE, sample_scene
 from mmsae_helpers.tinyworld.tokenizer import make_tokenizer
-from mmsae_helpers.tinyworld.training import IGNORE, fit, numpy_rng, pad, pixels, torch_rng
+from mmsae_helpers.tinyworld.training import IGNORE, fit, here, numpy_rng, pad, pixels, torch_rng
 from mmsae_helpers.workers import autocast
 
 PATCH = 8
@@ -58,13 +58,12 @@ def train_tower(
     the object's shape, colour and size where at least a quarter of its pixels are the object's, the ground elsewhere.
     Where ``masks`` is nan there is no picture; ``whole`` bool [N] says which images show a whole scene (all).
     """
-    whole = torch.ones(len(scenes), dtype=torch.bool) if whole is None else torch.from_numpy(whole)
+    whole = torch.ones(len(scenes), dtype=torch.bool) if whole is None else here(whole)
     width = tower.config.hidden_size
     pooled = nn.ModuleDict({k: nn.Linear(width, len(v)) for k, v in ATTRIBUTES.items()})
     local = nn.ModuleDict({k: nn.Linear(width, len(ATTRIBUTES[k])) for k in ("shape", "color", "size", "ground")})
     truth = {k: torch.tensor([v.index(getattr(s, k)) for s in scenes]) for k, v in ATTRIBUTES.items()}
-    shown = torch.from_numpy(masks).float().unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2)).flatten(1)
-    shown = shown.to(torch.get_default_device())
+    shown = here(masks).float().unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((-1, -2)).flatten(1)
     generator = torch_rng()
     entropy = nn.functional.cross_entropy
 
@@ -174,7 +173,7 @@ def train_llava(tower, language_model, scenes, images, *, projector_steps: int, 
             kind = "describe" if rng.integers(2) else None
             rows.append(chat_ids(tokenizer, "<image> ", *language.question_answer(scenes[i], rng, kind)))
         with autocast():
-            projected = model.model.multi_modal_projector(features[torch.from_numpy(chosen)])
+            projected = model.model.multi_modal_projector(features[here(chosen)])
         return image_text_loss(model, tokenizer, rows, list(projected))
 
     return model, train_connected(model, loss, loss, projector_steps, joint_steps)

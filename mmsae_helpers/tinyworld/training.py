@@ -65,17 +65,22 @@ def fit(
     return curve
 
 
+def here(array: np.ndarray) -> Tensor:
+    """The array as a tensor where this process trains."""
+    return torch.from_numpy(array).to(torch.get_default_device())
+
+
 def pixels(images: np.ndarray) -> Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in -1..1, as the world's image processors do (mean and std 0.5)."""
-    return torch.from_numpy(images).to(torch.get_default_device()).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    return here(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def pad(rows: list[list[int]], value: int) -> Tensor:
     """Rows of token ids right-padded with ``value``, int64 [N, longest]."""
-    out = torch.full((len(rows), max(map(len, rows))), value)
+    out = np.full((len(rows), max(map(len, rows))), value)
     for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row)
-    return out
+        out[i, : len(row)] = row
+    return here(out)
 
 
 def save(model: torch.nn.Module, folder: Path, curve: list[dict] | None = None, **scores: float) -> None:
