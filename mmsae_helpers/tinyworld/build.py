@@ -1,8 +1,8 @@
 """Rebuild the shipped checkpoints from scratch: ``python -m mmsae_helpers.tinyworld.build``.
 
-Every stage is a process of its own on one thread (so its weights do not depend on the number of cores), two run side by
-side, and a stage whose folder is complete is not run again: a killed build continues. ``--install`` copies what ships
-into the package.
+Every stage is a process of its own, on a CPU with one thread (so its weights do not depend on the number of cores), two
+run side by side, and a stage whose folder is complete is not run again: a killed build continues.
+``--install`` copies what ships into the package.
 """
 
 import argparse
