@@ -215,13 +215,14 @@ def render_index(plan, names, page):
         except Exception:  # a broken source, which its status tells of
             shown = nbformat.v4.new_notebook()
         total += status.get("duration_s", 0)
-        words = _lead(shown)[1].data["text/markdown"] if _lead(shown) else ""
+        lead = _lead(shown)
+        words = lead[1].data["text/markdown"] if lead else ""
         card = {
             "name": name,
             "title": _title(shown, name),
             "page": f"{name}.html" if executed.is_file() else "",
             "browser": f"{name}_browser/index.html" if plan.browser(name).is_file() else "",
-            "thumbnail": _png(_lead(shown)[0]) if _lead(shown) else "",
+            "thumbnail": _png(lead[0]) if lead else "",
             "minutes": _duration(status.get("duration_s", 0)),
             "claims": _claims(result),
             "lead": html.unescape(words).removeprefix("*Figure.* ").replace("*", ""),
