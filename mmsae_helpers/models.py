@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -455,6 +455,13 @@ def classify(name: str, batches: Iterable[Sequence[Image.Image]], device: str = 
         hidden = model.base_model(pixels.to(model.device, model.dtype)).pooler_output
         parts.append((model.classifier(hidden), hidden.flatten(1)))
     return tuple(torch.cat(some).float().cpu().numpy() for some in zip(*parts, strict=True))
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """What tables and figures call each model: the last part of its path or hub id; the whole where two share one."""
+    short = {name: name.rstrip("/").split("/")[-1] for name in names}
+    shared = Counter(short.values())
+    return {name: last if shared[last] == 1 else name for name, last in short.items()}
 
 
 def resolve(name: str) -> str:

@@ -49,9 +49,9 @@ def test_every_arm_and_ranking_of_tiny_full_runs(root, whole):
     full = yaml.safe_load((ROOT / f"params/tiny_full/{NAME}.yaml").read_text())
     assert all(set(arm[4]) == {share / 10 for share in range(1, 10)} for arm in full["arms"])
     assert {claim["id"] for claim in whole["claims"]} == {"C5", "C6", "C7", "C8"}
-    said = [name for name in whole["metrics"] if name.startswith("kept_tinyworld_chameleon_sft_epochs_")]
+    said = [name for name in whole["metrics"] if name.startswith("kept_chameleon_sft_epochs_")]
     assert len(said) == 2 * (1 + len(full["arms"][0][3]))
-    assert {"loss_with_benchmark_tinyworld_chameleon", "rows_held_out_by_model_and_seed"} <= set(whole["metrics"])
+    assert {"loss_with_benchmark_chameleon", "rows_held_out_by_model_and_seed"} <= set(whole["metrics"])
 
 
 def test_a_run_killed_among_its_tunings_goes_on_there_with_the_same_numbers(root, whole):

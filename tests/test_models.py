@@ -94,6 +94,14 @@ def test_a_damaged_model_gets_one_line(tmp_path):
         models.load(str(tmp_path / "empty"))
 
 
+def test_models_are_called_by_the_last_part_of_their_path_unless_two_share_it():
+    assert models.short_names(["tinyworld/llava", "../made/anole/"]) == {
+        "tinyworld/llava": "llava", "../made/anole/": "anole"
+    }  # fmt: skip
+    both = ["tinyworld/llava", "../artifacts/second/llava"]
+    assert models.short_names([*both, *both]) == dict(zip(both, both, strict=True))
+
+
 def test_layers_out_of_range(llava):
     assert llava.check_layer(llava.n_layers - 1) == llava.n_layers - 1
     for layer in (-1, llava.n_layers):
