@@ -151,7 +151,8 @@ def show(said: dict) -> None:
     figure = figures.forest(said, about)
     beside = "Rings: the control" if "beyond_control" in said else "There is no control"
     what = f"{about.contrast[:1].upper()}{about.contrast[1:]}; {said['as_stated']['varied']}, 95 % intervals"
-    figures.caption(figure, f"{what}, of parts at Holm's levels. {beside}; arrows: beyond the axis.")
+    what += ", of parts at Holm's levels (wider, for there are many)" if len(said["parts"]) > 1 else ""
+    figures.caption(figure, f"{what}. Dashed: what decides. {beside}; arrows: beyond the axis.")
 
 
 def story(about, said: dict | None, notebook: str = "") -> None:

@@ -126,9 +126,9 @@ def caption(fig, sentence, lead=False):
 def forest(said, about):
     """Figure of a claim (`claims.Claim.as_dict`): the primary effect and its control, parts, readings, sensitivity.
 
-    A diamond is an effect, a ring its control's; the line is what the verdict is judged against. A part so far off that
-    it would flatten all others stands at the edge as an arrow; every effect is also printed, and what
-    a part is beyond its control.
+    A diamond is an effect, a ring its control's; the dashed line is what the verdict is judged against. What goes
+    beyond the axis, which a part far off does not widen, ends in an arrow; every effect is also printed, and what a
+    part is beyond its control.
     """
     import matplotlib.pyplot as plt
 
@@ -148,20 +148,23 @@ def forest(said, about):
         beside = dict(transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
         less = f"; beyond control {Interval.told(effect['beyond'])}" if effect.get("beyond") else ""
         ax.text(1.04, y, f"{Interval.told(effect)}{less}", **beside)
-    ax.axvline(stated["null"], color="#444444", lw=1, ls="--", marker="")
+        null = beyond["null"] if effect is beyond else stated["null"]
+        ax.plot([null, null], [y - 0.5, y + 0.5], color="#444444", lw=1, ls="--", marker="")
     main = [x for one in (stated, beyond, beyond.get("control")) if one for x in (one["effect"], *(one["ci"] or []))]
     low, high = min([*main, stated["null"]]), max([*main, stated["null"]])
     reach = 2 * (high - low) or np.inf  # all of it may be one number, as where nothing has an effect
-    low, high = low - reach, high + reach
-    ax.set_xlim(max(low, ax.get_xlim()[0]), min(high, ax.get_xlim()[1]))
-    for y, (_, effect, _, i) in enumerate(rows):
-        if not low <= effect["effect"] <= high:
-            edge = effect["effect"] > high
-            ax.plot(
-                int(edge), y, transform=ax.get_yaxis_transform(), color=PALETTE[i], marker="<>"[edge], clip_on=False
-            )
+    low, high = max(low - reach, ax.get_xlim()[0]), min(high + reach, ax.get_xlim()[1])
+    ax.set_xlim(low, high)
+    for y, (_, effect, control, i) in enumerate(rows):
+        for at, one, color in ((y, effect, PALETTE[i]), (y + 0.25, control, "#666666")):
+            ends = [one["effect"], *(one["ci"] or [])] if one else [low]
+            edges = [edge for edge, beyond in enumerate((min(ends) < low, max(ends) > high)) if beyond]
+            look = dict(transform=ax.get_yaxis_transform(), color=color, clip_on=False, ls="none", ms=5)
+            for edge in edges:
+                ax.plot(edge, at, marker="<>"[edge], **look)
     ax.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
     ax.set(xlabel=about.unit, ylim=(len(rows) - 0.4, -0.6))
+    ax.locator_params(axis="x", nbins=6)
     ax.grid(axis="y", visible=False)
     return fig
 

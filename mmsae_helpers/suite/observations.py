@@ -36,6 +36,10 @@ class Interval(NamedTuple):
         """The interval of an effect as `claims.Claim.as_dict` has it."""
         return cls(effect["effect"], *(effect["ci"] or (None, None)), effect["n"])
 
+    def exp(self) -> Interval:
+        """Of logarithms, the interval of their values' geometric mean."""
+        return Interval(*(None if x is None else float(np.exp(x)) for x in self[:3]), self.n)
+
     def at(self, level: float) -> Interval:
         """The interval at another confidence level than .95: its sides scaled as those of a t-interval over n."""
         if self.lo is None:
@@ -141,6 +145,11 @@ class Observations:
             if not isinstance(level, list | tuple | set | range):
                 frame = frame.drop(columns=factor)
         return Observations(frame, unit=self.unit)
+
+    def log(self) -> Observations:
+        """The natural logarithms of the values. Raises InputError where one is not positive."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self._at(self.frame.assign(value=np.log(self.frame["value"])))
 
     def mean(self, *factors: str) -> Observations:
         """Averaged over ``factors``, every combination of the others counting once."""
