@@ -106,6 +106,9 @@ def test_the_forest_plot_keeps_a_far_off_part_at_its_edge_and_prints_every_effec
     low, high = ax.get_xlim()
     assert -3 < low < 0 < 0.4 < high < 3 and any("-21 [" in text.get_text() for text in ax.texts)
     assert [line.get_marker() for line in ax.lines].count("<") == 1 and len(ax.texts) == 3
+    ratio = Claim("C9").primary(seeds(1.6, 1.8, 1.7), control=seeds(1.9, 1.8, 2.0)).as_dict()
+    dashed = [line.get_xdata()[0] for line in figures.forest(ratio, claim.about).axes[0].lines if line.get_ls() == "--"]
+    assert dashed == [ratio["as_stated"]["null"], ratio["beyond_control"]["null"]] == [1.5, 0]
     still = Claim("A2").primary(seeds(0, 0, 0), control=seeds(0, 0, 0))
     figures.forest(still.as_dict(), still.about).canvas.draw()
 

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmsae_helpers.errors import InputError
-from mmsae_helpers.suite.observations import Interval, Observations, bootstrap_ci, contrast, crossed_ci, mean_ci
+from mmsae_helpers.suite.observations import (
+    Interval,
+    Observations,
+    bootstrap_ci,
+    contrast,
+    crossed_ci,
+    mean_ci,
+    share_ci,
+)
 
 ARMS, BLOCKS = ("trained", "random"), (0, 2, 4)
 
@@ -115,6 +123,21 @@ def test_a_wider_level_is_the_t_interval_at_that_level():
 def test_bad_rows_are_one_clear_line(rows, message):
     with pytest.raises(InputError, match=message):
         Observations(rows)
+
+
+def test_shares_of_yes_or_no_have_an_interval_where_all_are_alike():
+    told = share_ci(np.ones(50))
+    assert told.value == told.hi == 1 and told.lo == pytest.approx(50 / (50 + 1.959964**2)) and told.n == 50
+    assert Observations({(0,): np.ones(50)}, "seed").ci() == told
+    assert share_ci(np.array([0, 1, 1, 0])).value == 0.5
+
+
+def test_logarithms_give_the_geometric_mean_whose_interval_stays_positive():
+    told = Observations({(0,): 0.1, (1,): 10.0, (2,): 1.0}, "seed").log().ci().exp()
+    assert told.value == pytest.approx(1) and 0 < told.lo < 1 < told.hi and told.lo * told.hi == pytest.approx(1)
+    assert Interval(0.0, None, None, 1).exp() == (1.0, None, None, 1)
+    with pytest.raises(InputError, match="not finite"):
+        Observations({(0,): 0.0}, "seed").log()
 
 
 def test_bad_levels_and_names():

@@ -152,6 +152,7 @@ def show(said: dict) -> None:
     beside = "Rings: the control" if "beyond_control" in said else "There is no control"
     what = f"{about.contrast[:1].upper()}{about.contrast[1:]}; {said['as_stated']['varied']}, 95 % intervals"
     what += ", of parts at Holm's levels (wider, for there are many)" if len(said["parts"]) > 1 else ""
+    beside += "; parts with a unit in brackets are in that unit" if any("(" in name for name in said["parts"]) else ""
     figures.caption(figure, f"{what}. Dashed: what decides. {beside}; arrows: beyond the axis.")
 
 

@@ -60,6 +60,15 @@ def mean_ci(values, level=0.95):
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half), values.size)
 
 
+def share_ci(hits, level=0.95):
+    """Share of ``hits`` (0 or 1 each) with Wilson's interval, which does not shrink to a point where all are alike."""
+    from scipy.stats import binomtest
+
+    hits = np.asarray(hits)
+    ends = binomtest(int(hits.sum()), hits.size).proportion_ci(level, "wilson")
+    return Interval(float(hits.mean()), float(ends.low), float(ends.high), hits.size)
+
+
 def bootstrap_ci(values, statistic=np.mean, seed=0, level=0.95, resamples=2000):
     """``statistic`` of ``values`` (resampled along the first axis) with its percentile bootstrap interval."""
     values, rng = np.asarray(values), np.random.default_rng(seed)
@@ -179,7 +188,8 @@ class Observations:
         return Observations(rows, unit=self.unit)
 
     def ci(self, by=(), level: float = 0.95):
-        """`Interval` over seeds (t), or over seeds and samples (both resampled), of the mean over all factors.
+        """`Interval` over seeds (t), or over seeds and samples (both resampled), of the mean over all factors; of what
+        is 0 or 1 at one seed, over samples (Wilson).
 
         ``by`` (a factor or several): a Series of intervals, one a combination of their levels.
         """
@@ -192,7 +202,8 @@ class Observations:
         wide = self.frame.pivot_table(index="seed", columns="sample", values="value")
         if wide.isna().any(axis=None):
             raise InputError(f"observations: sample {wide.columns[wide.isna().any()][0]} is not measured at every seed")
-        return crossed_ci(wide.to_numpy(), level=level)
+        yes_or_no = len(wide) == 1 and np.isin(wide, (0, 1)).all()
+        return share_ci(wide.to_numpy()[0], level) if yes_or_no else crossed_ci(wide.to_numpy(), level=level)
 
     def _at(self, frame) -> Observations:
         return Observations(frame, unit=self.unit)

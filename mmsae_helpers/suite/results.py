@@ -146,17 +146,18 @@ def ledger(profile):
 
 
 def ledger_table(entries):
-    """A `ledger` as a data frame of text: both verdicts, effect with its unit, what varied, what can be told here, and
-    the verdicts that the definition before this one gave (``explored``)."""
+    """A `ledger` as a data frame of text: both verdicts, effect with its unit and the threshold that decides, the same
+    less its control, what varied, what can be told here, and the verdicts of the definition before (``explored``)."""
     import pandas as pd
 
     rows = []
     for about, said, name in entries:
         stated, beyond = (said or {}).get("as_stated"), (said or {}).get("beyond_control")
-        effect = f"{Interval.told(stated)} {about.unit}" if stated else ""
+        effect = f"{Interval.told(stated)} {about.unit} ({stated['null']:.3g})" if stated else ""
         row = {"claim": f"{about.id} {about.says}", "as stated": stated["verdict"] if stated else "not run"}
-        row["beyond control"] = beyond["verdict"] if beyond else "no control" if stated else ""
-        row |= {"effect": effect, "varied": stated["varied"] if stated else "", "this world can tell": about.decides}
+        row["beyond control"] = beyond["verdict"] if beyond else "no control" if stated else "not run"
+        row |= {"effect (threshold)": effect, "less control": str(Interval.told(beyond)) if beyond else ""}
+        row |= {"varied": stated["varied"] if stated else "", "this world can tell": about.decides}
         former = about.history[-1] if about.history else {}
         row["explored"] = " / ".join(former[way] for way in ("verdict", "beyond") if way in former)
         rows.append(row | {"notebook": name})
