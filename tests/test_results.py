@@ -117,8 +117,9 @@ def test_ledger_has_every_claim_and_says_not_run(root):
     assert about.id == "A1" and name == "01_x" and said["as_stated"]["verdict"] == "replicated"
     assert {said for _, said, _ in ledger[1:]} == {None}
     table = results.ledger_table(ledger)
-    assert table.loc[0, "effect (threshold)"].startswith("0.15 [0.0258, 0.274] share")
-    assert table.loc[0, "effect (threshold)"].endswith(" (0)") and table.loc[0, "varied"] == "3 seeds"
+    effect, control = table.loc[0, "effect"].replace("\xa0", " ").split("; less control ")
+    assert effect == "0.15 [0.0258, 0.274] (0)" and "] (0) share" in control
+    assert table.loc[0, "varied"] == "3 seeds"
     assert set(table["as stated"][1:]) == {"not run"} and table.loc[0, "beyond control"] == "inconclusive"
     table.loc[0, "varied"] = "a | <script>"
     text = results.to_markdown(table)

@@ -153,11 +153,11 @@ def ledger_table(entries):
     rows = []
     for about, said, name in entries:
         stated, beyond = (said or {}).get("as_stated"), (said or {}).get("beyond_control")
-        effect = f"{Interval.told(stated)} {about.unit} ({stated['null']:.3g})" if stated else ""
+        told = [f"{Interval.told(one)} ({one['null'] + 0.0:.3g})" for one in (stated, beyond) if one]
+        effect = f"{'; less control '.join(told)} {about.unit}".replace(", ", ",\xa0") if told else ""
         row = {"claim": f"{about.id} {about.says}", "as stated": stated["verdict"] if stated else "not run"}
         row["beyond control"] = beyond["verdict"] if beyond else "no control" if stated else "not run"
-        row |= {"effect (threshold)": effect, "less control": str(Interval.told(beyond)) if beyond else ""}
-        row |= {"varied": stated["varied"] if stated else "", "this world can tell": about.decides}
+        row |= {"effect": effect, "varied": stated["varied"] if stated else "", "this world can tell": about.decides}
         former = about.history[-1] if about.history else {}
         row["explored"] = " / ".join(former[way] for way in ("verdict", "beyond") if way in former)
         rows.append(row | {"notebook": name})
