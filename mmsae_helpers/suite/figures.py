@@ -158,7 +158,7 @@ def forest(said, about):
     for y, (_, effect, control, i) in enumerate(rows):
         for at, one, color in ((y, effect, PALETTE[i]), (y + 0.25, control, "#666666")):
             ends = [one["effect"], *(one["ci"] or [])] if one else [low]
-            edges = [edge for edge, beyond in enumerate((min(ends) < low, max(ends) > high)) if beyond]
+            edges = [edge for edge, past in enumerate((min(ends) < low, max(ends) > high)) if past]
             look = dict(transform=ax.get_yaxis_transform(), color=color, clip_on=False, ls="none", ms=5)
             for edge in edges:
                 ax.plot(edge, at, marker="<>"[edge], **look)
