@@ -164,7 +164,7 @@ def forest(said, about):
                 ax.plot(edge, at, marker="<>"[edge], **look)
     ax.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
     ax.set(xlabel=about.unit, ylim=(len(rows) - 0.4, -0.6))
-    ax.locator_params(axis="x", nbins=6)
+    ax.locator_params(axis="x", nbins=4)
     ax.grid(axis="y", visible=False)
     return fig
 
