@@ -155,13 +155,14 @@ def forest(said, about):
     reach = 2 * (high - low) or np.inf  # all of it may be one number, as where nothing has an effect
     low, high = max(low - reach, ax.get_xlim()[0]), min(high + reach, ax.get_xlim()[1])
     ax.set_xlim(low, high)
-    for y, (_, effect, control, i) in enumerate(rows):
-        for at, one, color in ((y, effect, PALETTE[i]), (y + 0.25, control, "#666666")):
-            ends = [one["effect"], *(one["ci"] or [])] if one else [low]
-            edges = [edge for edge, past in enumerate((min(ends) < low, max(ends) > high)) if past]
-            look = dict(transform=ax.get_yaxis_transform(), color=color, clip_on=False, ls="none", ms=5)
-            for edge in edges:
-                ax.plot(edge, at, marker="<>"[edge], **look)
+    drawn = [(y, effect, PALETTE[i]) for y, (_, effect, _, i) in enumerate(rows)]
+    drawn += [(y + 0.25, control, "#666666") for y, (_, _, control, _) in enumerate(rows) if control]
+    for y, one, color in drawn:
+        ends = [one["effect"], *(one["ci"] or [])]
+        for edge, past in enumerate((min(ends) < low, max(ends) > high)):
+            if past:
+                look = dict(marker="<>"[edge], color=color, ms=5, clip_on=False)
+                ax.plot(edge, y, transform=ax.get_yaxis_transform(), **look)
     ax.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
     ax.set(xlabel=about.unit, ylim=(len(rows) - 0.4, -0.6))
     ax.locator_params(axis="x", nbins=4)
