@@ -155,8 +155,10 @@ def test_encode_is_dense_encode_in_chunks():
         out = features.encode(sae, x, scale=2.0, chunk=chunk)
         assert out.shape == (100, 40) and np.allclose(out.toarray(), dense, atol=1e-6)
     assert features.encode(sae, x[:0]).shape == (0, 40)
+    large = torch.full((2, 8), 3e38)  # their sum is not finite, they are
+    assert features.encode(sae, large, scale=1e-30).shape == (2, 40)
     with pytest.raises(InputError, match="tokens 14 to 20 hold NaN"):
-        x[15, 3] = torch.nan
+        x[15, 3], x[15, 4] = torch.inf, -torch.inf
         features.encode(sae, x, chunk=7)
 
 

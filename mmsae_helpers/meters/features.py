@@ -56,7 +56,7 @@ def encode_chunks(sae, acts, scale: float = 1.0, chunk: int = 2048) -> Iterator[
         raw = acts[start : start + chunk]
         if weight is not None:
             raw = raw.to(weight.device, weight.dtype)
-        if not torch.isfinite(raw).all():
+        if not (raw.sum(dtype=torch.float32).isfinite() or raw.isfinite().all()):  # the sum takes a sixth of the time
             where = f"activations of tokens {start} to {start + len(raw) - 1} hold NaN or infinity"
             raise InputError(f"{where}: run the model in float32 or bfloat16 (parameter dtype)")
         x = raw * scale if scale != 1.0 else raw
