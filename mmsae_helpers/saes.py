@@ -440,7 +440,9 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
     feature the bias at which all fire equally often and mean L0 on `acts` equals `like`'s; ``matched``: at which it
     fires on as many of `acts` as the feature of `like` with its number. A JumpReLU feature starts at its own threshold;
     a TopK's control is a standard SAE, since K a token leaves no choice of counts. The decoder is the same directions
-    times one factor, that of least squared error on `acts`. Raises InputError for other architectures.
+    times one factor, that of least squared error on `acts`. Activations are in the unit of `like`'s, lest a threshold
+    above 0 mean another thing: of inputs whose mean norm is sqrt(d_in), where `cfg.metadata.trained_norm` tells it.
+    Raises InputError for other architectures.
     """
     from sae_lens import SAE
 
@@ -458,12 +460,14 @@ def random_sae(like, acts: torch.Tensor, seed: int = 0, matched: bool = False):
         sae = SAE.from_dict(like.cfg.to_dict() | about).eval().requires_grad_(False)
     directions = torch.randn(like.cfg.d_sae, like.cfg.d_in, generator=torch.Generator().manual_seed(seed))
     directions = torch.nn.functional.normalize(directions, dim=1).to(sae.W_dec)
-    sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
+    norm, folded = like.cfg.metadata.trained_norm, like.cfg.normalize_activations == "none"
+    unit = like.cfg.d_in**0.5 / norm if norm and folded else 1.0
+    sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous() * unit
     sae.b_dec.data = sae.process_sae_in(acts).mean(0)  # it is zero so far
     start = getattr(like, "threshold", torch.zeros_like(like.b_enc)).to(directions)
     if kind == "jumprelu":
         sae.threshold.data = start
-    x = sae.process_sae_in(acts).T
+    x = sae.process_sae_in(acts).T * unit
     for part in counts.argsort().split(128):  # like with like, so that few need be ranked
         n = counts[part, None]
         highest = (directions[part] @ x).topk(min(int(n[-1].item()) + 1, len(acts))).values

@@ -477,6 +477,21 @@ def test_random_control_is_exact_whatever_the_architecture_and_input_processing(
         assert (y * (acts - silent - y)).sum().abs() < 1e-3 * y.square().sum()
 
 
+def test_random_control_has_the_activations_of_its_model_in_whatever_unit_residuals_come():
+    acts, like, larger = torch.randn(500, 24) + 1, made(d_in=24), made(d_in=24)
+    like.cfg.metadata.trained_norm = 5.0
+    larger.load_state_dict(like.state_dict())
+    larger.W_enc.data /= 7  # the same SAE, of a model whose residuals are seven times as long
+    larger.W_dec.data *= 7
+    larger.b_dec.data *= 7
+    larger.cfg.metadata.trained_norm = 35.0
+    of, of_larger = (saes.random_sae(sae, x, matched=True) for sae, x in ((like, acts), (larger, 7 * acts)))
+    as_often(like, of, acts)
+    assert torch.allclose(of.encode(acts), of_larger.encode(7 * acts), atol=1e-5)
+    assert torch.allclose(7 * of(acts), of_larger(7 * acts), atol=1e-4)
+    assert of.W_enc.norm(dim=0).allclose(torch.tensor(24**0.5 / 5))
+
+
 def test_random_control_without_subtracted_decoder_bias_is_that_with_it():
     torch.manual_seed(0)
     acts, d_sae = torch.randn(4000, 64) + 5 * torch.randn(64), 512
