@@ -24,7 +24,7 @@ import requests
 import torch
 from torch import Tensor
 
-from mmsae_helpers import data
+from mmsae_helpers import data, files
 from mmsae_helpers.cache import fingerprint
 from mmsae_helpers.errors import InputError, first_line
 from mmsae_helpers.launch import launched
@@ -279,7 +279,7 @@ class Endpoint:
         """Scores of model and reference, float64 [N, 2]; nan where it failed, with a warning that names the rows."""
         text = self.file.read_text() if self.file.is_file() else ""
         text = text[: text.rfind("\n") + 1]  # a killed run may have cut its last line short
-        data.write(self.file, text.encode())
+        files.write(self.file, text.encode())
         known = {line["key"]: line["scores"] for line in map(json.loads, text.splitlines())}
         captions = rows["caption"] if "caption" in rows.column_names else [""] * len(rows)
         columns = zip(rows["question"], captions, rows["reference"], answers, strict=True)
@@ -339,7 +339,7 @@ def once(folder: str | Path, about: dict) -> Callable:
             key = about | {"arguments": [a.tolist() if isinstance(a, np.ndarray) else a for a in args]}
             file = Path(folder) / f"{fingerprint(key)[:16]}.json"
             if not file.is_file():
-                data.write(file, json.dumps({"key": key, "made": make(*args)}, indent=1).encode())
+                files.write(file, json.dumps({"key": key, "made": make(*args)}, indent=1).encode())
             return json.loads(file.read_text())["made"]
 
         return read

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from mmsae_helpers import data, scale
+from mmsae_helpers import data, files, scale
 from mmsae_helpers.activations import TokenBatch, stream
 from mmsae_helpers.errors import InputError
 
@@ -66,7 +66,7 @@ class Tokens:
             return
         # nested bars scroll in notebooks
         shown = not self.folder.is_dir() and not getattr(tqdm, "_instances", ())
-        data.write(self.folder / "description.json", json.dumps(self.stored, indent=1, sort_keys=True).encode())
+        files.write(self.folder / "description.json", json.dumps(self.stored, indent=1, sort_keys=True).encode())
         for left in self.folder.glob("*/*.tmp-*"):  # of a run that was killed, not of one that goes on
             if left.stat().st_mtime < time.time() - 3600:
                 left.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ class Tokens:
             beside |= {k: beside[k].int() for k in _INT}
             for layer in missing:
                 shards[layer] = {"acts": torch.cat([b.acts[layer] for b in batches]), **beside}
-                data.write(paths[layer], save(shards[layer], metadata={"sha256": _digest(shards[layer])}))
+                files.write(paths[layer], save(shards[layer], metadata={"sha256": _digest(shards[layer])}))
         self.computed += len(missing)
         self.reused += len(self.layers) - len(missing)
         first = shards[self.layers[0]]

@@ -14,7 +14,6 @@ from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkstemp
-from threading import get_ident
 from typing import NamedTuple
 
 import datasets
@@ -29,6 +28,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import BatchSampler
 from urllib3.util import Retry
 
+from mmsae_helpers import files
 from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
 from mmsae_helpers.tinyworld import dataset as world
@@ -240,9 +240,12 @@ def load(name: str, split=None, per_class=None, *, seed=0, on_bad_image="stop", 
     if (unlabelled := len(own) - len(good)) and on_bad_label == "stop":
         raise InputError(f"{unlabelled} of {len(own)} rows of {name} have no label (or < 0): set on_bad_label: skip")
     if per_class is not None:
+        names = dataset.features["fine_label"].names
+        counts = np.bincount(labels[good], minlength=len(names))
+        if len(good) and (few := counts.min()) < per_class:
+            where = f"class {names[counts.argmin()]} of {name}{f', {part},' if part else ''}"
+            raise InputError(f"{where} has fewer than {per_class} images, {few}: lower their number")
         classes = pd.Series(good).groupby(labels[good])
-        if (counts := classes.size()).min() < per_class:
-            raise InputError(f"class {counts.idxmin()} of {name} has fewer than {per_class} images: lower their number")
         good = classes.sample(per_class, random_state=seed).sort_values().to_numpy()
     images = ImageData(*_decodable(dataset.select(good), good, name, on_bad_image), unlabelled, part or "")
     if not len(images.dataset):
@@ -428,7 +431,7 @@ def _document(at: int, row: dict) -> Interleaved | str:
 def document_batches(adapter, documents, batch_size: int, *, start=0, stop=None, max_tokens=None):
     """Model inputs for documents (texts, or `Interleaved`) ``start`` to ``stop``, cut at ``max_tokens``, by default the
     context, or before an image that does not fit whole; `cut` counts. Raises InputError where nothing is left."""
-    limit = max_tokens or adapter.config.max_position_embeddings
+    limit = _limit(adapter, max_tokens)
     for rows in BatchSampler(range(start, len(documents) if stop is None else stop), batch_size, drop_last=False):
         some = [(documents[i], i) for i in rows]  # text alone is cut without being tokenized twice
         some = [(adapter.raw(d), []) if isinstance(d, str) else _fitted(adapter, d, limit, i)[:2] for d, i in some]
@@ -438,9 +441,15 @@ def document_batches(adapter, documents, batch_size: int, *, start=0, stop=None,
         yield Inputs(torch.tensor(rows), {k: v[:, :limit] if v.shape == shape else v for k, v in inputs.items()})
 
 
+def _limit(adapter, max_tokens: int | None) -> int:
+    if (limit := max_tokens or adapter.config.max_position_embeddings) < 2:
+        raise InputError(f"max_tokens is {max_tokens}: give at least 2, or 0 for the model's context")
+    return limit
+
+
 def cut(adapter, documents, max_tokens: int | None = None) -> Cut:
     """What `document_batches` leaves out of ``documents``, counted without reading pixels."""
-    total, limit = np.zeros(3, int), max_tokens or adapter.config.max_position_embeddings
+    total, limit = np.zeros(3, int), _limit(adapter, max_tokens)
     for i, document in enumerate(documents):
         _, images, beyond = _fitted(adapter, document, limit, i)
         total += beyond > 0, len(getattr(document, "images", [])) - len(images), beyond
@@ -485,9 +494,9 @@ def _file(source: str | bytes | dict) -> Path:
             content = _fetched(source) if is_text else source
             upright(content).convert("RGB")
         except Exception as error:
-            write(gone, first_line(error)[:200].encode())
+            files.write(gone, first_line(error)[:200].encode())
             raise
-        write(file, content)
+        files.write(file, content)
     return file
 
 
@@ -512,25 +521,6 @@ def session(tries: int = 5, wait: float = 2.0, **headers: str) -> requests.Sessi
     for kind in ("http://", "https://"):
         made.mount(kind, requests.adapters.HTTPAdapter(max_retries=again))
     return made
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write atomically: a reader sees the whole file or none, and a failure leaves nothing behind."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{get_ident()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        needs = f"needs {len(content) / 2**20:.1f} MiB; make room and run again (what is finished is kept)"
-        raise InputError(f"disk full: {path} {needs}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def batches(adapter, dataset, batch_size: int, *, question="", texts=None, start=0, stop=None) -> Iterator[Inputs]:
@@ -567,6 +557,8 @@ def _open(name: str, split: str | None, streaming: bool = False, otherwise: str 
     id is owner/name, or owner/name:configuration; so is a folder with a copy of its repository."""
     hub, _, config = name.partition(":")
     path = Path(name).expanduser()
+    if not name:
+        raise InputError("the data set's name is empty: give a hub id, a file or a folder")
     is_file = path.suffix in (".parquet", ".arrow")
     if (copy := Path(hub).expanduser()).is_dir() and _is_of_hub(copy):
         args, options = filter(None, [str(copy), config]), {"cache_dir": _cache_of(copy), "streaming": streaming}
@@ -574,7 +566,9 @@ def _open(name: str, split: str | None, streaming: bool = False, otherwise: str 
     if is_file and path.is_file():
         rows = _loaded(name, path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
     elif path.is_dir():
-        splits = {p.name: p for p in _folders(path) if p.name in ("train", "test", *_VALIDATION, split) and _folders(p)}
+        known = ("train", "test", *_VALIDATION)
+        named = {p.name.lower() if p.name.lower() in known else p.name: p for p in _folders(path)}
+        splits = {name: p for name, p in named.items() if name in (*known, split) and _folders(p)}
         if splits:
             return _folder(splits[_named(split or otherwise, splits, path)]), None
         rows = _folder(path)
@@ -663,7 +657,8 @@ def _loaded(name: str, *args, split: str, **options):
         there = [one for one in _VALIDATION if f"'{one}'" in str(error)]
         if split in set(_VALIDATION).difference(there) and there:
             return _loaded(name, *args, split=there[0], **options)
-        raise InputError(f"cannot load data set {name}: {first_line(error)}") from error
+        here = "" if Path(name).is_absolute() else f" (and no folder of that name is in {Path.cwd()})"
+        raise InputError(f"cannot load data set {name}: {first_line(error)}{here}") from error
 
 
 def _folders(root: Path) -> list[Path]:
@@ -677,6 +672,11 @@ def _folder(root: Path) -> Dataset:
     files = [path.relative_to(root) for folder in classes for path in sorted(folder.rglob("*"))]
     files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and not any(p.startswith(_HIDDEN) for p in f.parts)]
     labels = [file.parts[0] for file in files]
+    parts = {"train", "training", "test", "testing", "dev", *_VALIDATION}
+    inner = {file.parts[1].lower() for file in files if len(file.parts) > 2}
+    if {label.lower() for label in labels} <= parts or inner and inner <= parts:
+        where = f"{root} seems to have its splits where classes are wanted, or inside of them"
+        raise InputError(f"{where}: give folders train, validation, test, each with a folder a class")
     if empty := [folder for folder in classes if folder.name not in set(labels)]:
         raise InputError(f"class folder {empty[0]} has no images: add some or remove the folder")
     try:

@@ -4,6 +4,7 @@ import base64
 import errno
 import io
 import os
+import shutil
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -126,6 +127,53 @@ def test_wrong_columns_and_splits(tmp_path):
         data.load("tinyworld", "dev")
     with pytest.raises(InputError, match="on_bad_image"):
         data.load("tinyworld", on_bad_image="ignore")
+
+
+@pytest.mark.parametrize("inside", ["", "cat"])
+def test_folders_of_splits_are_no_classes(folder, tmp_path_factory, inside):
+    root = tmp_path_factory.mktemp("splits")
+    for split in ("Train", "Test"):
+        shutil.copytree(folder / "cat", root / inside / split / ("" if inside else "cat"))
+        shutil.copytree(folder / "cat", root / ("dog/" + split if inside else split + "/dog"))
+    if inside:
+        with pytest.raises(InputError, match="splits where classes are wanted, or inside"):
+            data.load(str(root))
+        return
+    images = data.load(str(root), "test")
+    assert images.class_names == ["cat", "dog"] and len(images.dataset) == 6
+    for old, new in (("Train", "training"), ("Test", "testing")):
+        (root / old).rename(root / new)
+    with pytest.raises(InputError, match="splits where classes are wanted"):
+        data.load(str(root))
+
+
+def test_a_class_without_an_image_in_the_part_is_named(tmp_path):
+    for name, n in (("many", 30), ("one", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
+    with pytest.raises(InputError, match=r"class one of .*, test, has fewer than 1 images, 0: lower"):
+        data.load(str(tmp_path), "test", 1)
+
+
+def test_a_source_that_is_nowhere_says_where_was_looked(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load_dataset", lambda *a, **k: 1 / 0)
+    with pytest.raises(InputError, match=f"no folder of that name is in {tmp_path}"):
+        data.load("imgs/plain")
+    with pytest.raises(InputError, match="name is empty"):
+        data.load("")
+
+
+@pytest.mark.parametrize("limit", [-5, 1])
+def test_documents_are_not_cut_to_nothing(limit):
+    model = models.load("tinyworld/gemma", "cpu")
+    for call in (
+        lambda: list(data.document_batches(model, ["a red circle"], 1, max_tokens=limit)),
+        lambda: data.cut(model, ["a red circle"], limit),
+    ):
+        with pytest.raises(InputError, match=f"max_tokens is {limit}: give at least 2"):
+            call()
 
 
 def test_too_few_images_a_class(folder):

@@ -21,6 +21,9 @@ rates = [0.1, 0.5]
 binarise = True
 release = None  # or a name
 labels = {"a": 1}
+seeds = [0, 1]
+batch_size = 8
+control = {"split": "train", "tokens": 9}
 """
 
 
@@ -65,6 +68,12 @@ def test_good_values_pass_and_ints_become_floats(notebook):
         ("labels: {a: x}", "labels.a is 'x'"),
         ("profile: null", "profile is None"),
         ("lr: .nan", "nan"),
+        ("lr: .inf", "lr is inf; give a finite number"),
+        ("seeds: []", "seeds is []; give at least one"),
+        ("seeds: [-1]", "seeds is [-1]; give at least one, none below 0"),
+        ("seeds: [0, 0]", "seeds is [0, 0]; give at least one, none below 0, each once"),
+        ("batch_size: 0", "batch_size is 0; give 1 or more"),
+        ("control: {split: train, token: 5}", "control has split, token; give split, tokens"),
         ("- a", "holds a list"),
         ("lr: [", "is not YAML"),
         ("lr: 0.1\nsteps: 1\nlr: 0.2", "'lr' is there twice"),

@@ -62,6 +62,13 @@ def test_logistic_equals_sklearn(k):
     assert np.mean(got == expected) > 0.99
 
 
+@pytest.mark.parametrize("classifier", ["lda", "ridge", "logistic"])
+def test_two_classes_are_enough(classifier):
+    X, y = world(k=2, n=200)
+    train, test = probes.splits(y, 1, 1, 0)
+    assert probes.probe(X, y, train, test, classifier=classifier) > 0.6  # half of it by chance
+
+
 @pytest.mark.parametrize("d", [40, 500])
 def test_auto_alpha_is_from_the_grid_and_good(d):
     X, y = world(d=d)

@@ -1,4 +1,5 @@
 import copy
+import errno
 import io
 import json
 import os
@@ -299,6 +300,33 @@ def test_a_folder_that_cannot_be_written_is_one_line(chain, capsys, monkeypatch,
     monkeypatch.setenv(f"MMSAE_{kind.upper()}", str(chain / "elsewhere"))
     assert runner.main(["--root", str(chain), "--only", "00"]) == 0
     assert (chain / "elsewhere/tiny").is_dir()
+
+
+def test_what_a_full_disk_cut_off_is_made_anew(chain, monkeypatch):
+    go(chain, only="00")
+    page, executed = chain / "reports/tiny/00_alone.html", chain / "reports/tiny/00_alone.ipynb"
+    executed.write_text(executed.read_text()[:300])
+    page.unlink()
+    assert go(chain, only="00")[0] == 0 and not executed.is_file() and not page.is_file()
+    failed, log = go(chain, only="00")
+    assert failed == 0 and ran(log) == ["00_alone"] and page.is_file()
+
+
+def test_a_page_is_written_whole_or_not_at_all(chain, monkeypatch, capsys):
+    go(chain, only="00")
+    page = chain / "reports/tiny/00_alone.html"
+    whole = page.read_text()
+    (chain / "reports/tiny/00_alone.ipynb").touch()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mmsae_helpers.files.os.fsync", full)
+        assert runner.main(["--root", str(chain), "--only", "00"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: disk full") and "make room" in err and err.count("\n") == 1
+    assert page.read_text() == whole and not list(page.parent.glob("*.tmp-*"))
 
 
 def test_the_committed_ledger_is_renewed_by_its_own_step_alone(chain, capsys):

@@ -115,7 +115,7 @@ def _predict(X, y, train_idx, test_idx, classifier="lda", standardise="train", a
 
 def _sklearn(model, Z: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(W [d, k], bias [k]) of a scikit-learn classifier; for two classes it keeps the second one's only."""
-    W, bias = model.fit(Z, target).coef_.T, model.intercept_
+    W, bias = np.atleast_2d(model.fit(Z, target).coef_).T, model.intercept_  # of two classes a ridge has a row alone
     return (W, bias) if W.shape[1] > 1 else (np.hstack([-W, W]), np.append(-bias, bias))
 
 

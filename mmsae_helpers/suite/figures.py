@@ -96,13 +96,13 @@ def heat(ax, frame, low, high):
 
 
 def pictures(axes, images, titles=(), **look):
-    """Images in ``axes``, in their order, without frames or ticks, each under its title (``look``: of the titles); axes
-    that are left over stay empty."""
+    """Images in ``axes``, in their order, without frames or ticks, each under its title (``look``: of the titles, in
+    which a $ is a dollar); axes that are left over stay empty."""
     for ax, image, title in zip_longest(np.ravel(axes), images, titles):
         ax.set_axis_off()
         if image is not None:
             ax.imshow(image)
-            ax.set_title(title or "", **{"fontsize": 9} | look)
+            ax.set_title(title or "", **{"fontsize": 9, "parse_math": False} | look)
 
 
 def caption(fig, sentence, lead=False):

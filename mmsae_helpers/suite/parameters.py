@@ -6,6 +6,7 @@ Papermill only warns of an unknown key, YAML reads 1e-4 as text, of equal keys t
 import ast
 import difflib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import yaml
 
 from mmsae_helpers.errors import InputError, first_line
+
+RECORDS = ("control", "tuning")  # parameters whose keys are names that the notebook asks for
 
 
 def profiles(root):
@@ -74,7 +77,16 @@ def check(values, expected, where):
         close = difflib.get_close_matches(str(unknown[0]), expected, 1)
         hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(expected)}"
         raise InputError(f"{where}: unknown parameter '{unknown[0]}'; {hint}")
-    return {key: _fit(value, expected[key], f"{where}: {key}") for key, value in values.items()}
+    found = {key: _fit(value, expected[key], f"{where}: {key}") for key, value in values.items()}
+    for key, value in found.items():
+        if key in RECORDS and {*value} != {*expected[key]}:
+            raise InputError(f"{where}: {key} has {', '.join(value)}; give {', '.join(expected[key])}")
+        whole = [item for item in (value if isinstance(value, list) else [value]) if type(item) is int]
+        if re.search(r"batch_sizes?$|^images_per_class$", key) and min(whole, default=1) < 1:
+            raise InputError(f"{where}: {key} is {value}; give 1 or more")
+        if key == "seeds" and (not value or min(whole, default=0) < 0 or len({*whole}) < len(whole)):
+            raise InputError(f"{where}: {key} is {value}; give at least one, none below 0, each once")
+    return found
 
 
 def _fit(value, default, where):
@@ -89,8 +101,8 @@ def _fit(value, default, where):
         raise InputError(
             f"{where} is {value!r} ({type(value).__name__}); give a {type(default).__name__}, like {default!r}"
         )
-    if value != value:
-        raise InputError(f"{where} is not a number (nan); give one")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} is {value}; give a finite number")
     if isinstance(default, list):
         return [_fit(item, _common(default), f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(default, dict):

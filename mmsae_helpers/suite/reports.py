@@ -23,6 +23,7 @@ from math_core import LatexError, LatexToMathML
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
+from mmsae_helpers import files
 from mmsae_helpers.suite import claims, results
 
 TEMPLATE = Path(__file__).resolve().parent / "report_template"
@@ -148,7 +149,12 @@ def _claims(result):
 def render(executed, page, status, result, single=False):
     """Write the HTML report ``page`` of the notebook ``executed`` (paths), of its ``run.json`` and ``results.json``
     (empty where it failed); ``single``: with plotly.js and the executed notebook inside instead of beside it."""
-    notebook = nbformat.read(executed, as_version=4)
+    try:
+        notebook = nbformat.read(executed, as_version=4)
+    except Exception:  # cut off, by a full disk: its status says so, and the next run makes it anew
+        executed.unlink()
+        page.unlink(missing_ok=True)
+        return
     has_plotly = any(PLOTLY in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", []))
     title = _title(notebook, executed.stem)
     lead = _lead_figure(*_lead(notebook)) if _lead(notebook) else ""
@@ -191,17 +197,20 @@ def render(executed, page, status, result, single=False):
         captions = [c.get_text(" ", strip=True) for c in cell.select(".figcaption")]
         for image, words in zip(cell.select("img"), captions, strict=False):
             image["alt"] = words
-    page.write_text(str(soup), encoding="utf-8")
+    files.write(page, str(soup).encode())
     if has_plotly and not single and not (page.parent / "plotly.min.js").is_file():
-        (page.parent / "plotly.min.js").write_text(_plotly_js(), encoding="utf-8")
+        files.write(page.parent / "plotly.min.js", _plotly_js().encode())
 
 
 def place_browser(made, folder, name):
     """Copy the feature browser in the folder ``made`` to ``folder``, with a link back to the report of ``name``."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(made, folder)
-    page, back = folder / "index.html", f'<a href="../{html.escape(name)}.html">← the report</a>'
-    page.write_text(page.read_text("utf-8").replace("<!--back-->", back, 1), "utf-8")
+    part = folder.with_name(f"{folder.name}.part")
+    for old in (part, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(made, part)
+    page, back = part / "index.html", f'<a href="../{html.escape(name)}.html">← the report</a>'
+    files.write(page, page.read_text("utf-8").replace("<!--back-->", back, 1).encode())
+    part.rename(folder)
 
 
 def render_index(plan, names, page):
@@ -230,7 +239,7 @@ def render_index(plan, names, page):
         cards.append(card | {"status": "not run"} | status)
     template = Environment(loader=FileSystemLoader(TEMPLATE), autoescape=True).get_template("overview.html.j2")
     facts = {"profile": plan.profile, "total": _duration(total), "revision": results.revision(plan.root)}
-    page.write_text(template.render(cards=cards, **facts, **_assets()), encoding="utf-8")
+    files.write(page, template.render(cards=cards, **facts, **_assets()).encode())
 
 
 def _title(notebook, fallback):

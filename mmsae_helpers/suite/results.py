@@ -11,7 +11,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from mmsae_helpers import __version__
+from mmsae_helpers import __version__, files
 from mmsae_helpers.errors import InputError
 from mmsae_helpers.suite.claims import Claim, definitions
 from mmsae_helpers.suite.observations import Interval, Observations
@@ -84,9 +84,7 @@ class Run:
         }
         text = json.dumps(content, default=lambda item: item.tolist() if hasattr(item, "tolist") else str(item))
         content = json.loads(text, parse_constant=lambda _: None)  # not-a-number and infinities are null
-        partial = path.with_suffix(".json.part")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        files.write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def artifacts_root():

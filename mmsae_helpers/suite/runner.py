@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from mmsae_helpers import files
 from mmsae_helpers.errors import InputError
 
 from . import parameters
@@ -101,9 +102,9 @@ def of_profile(needs, root, profile):
     return {name: need for name, need in needs.items() if (root / "params" / profile / f"{name}.yaml").is_file()}
 
 
-def digest(files, *more):
-    """SHA-256 over the names and contents of those ``files`` that are there, and over JSON values."""
-    found = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files if path.is_file()]
+def digest(paths, *more):
+    """SHA-256 over the names and contents of those files ``paths`` that are there, and over JSON values."""
+    found = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths if path.is_file()]
     return hashlib.sha256(json.dumps([found, more]).encode()).hexdigest()
 
 
@@ -275,8 +276,7 @@ def _record(plan, name, status, error="", trace="", begun=None, inputs=None):
     """Write and return the outcome of a notebook."""
     seconds = round(time.time() - begun, 1) if begun else 0.0
     content = {"status": status, "duration_s": seconds, "error": error, "traceback": trace, "inputs": inputs}
-    plan.made(name, "run.json").parent.mkdir(parents=True, exist_ok=True)
-    plan.made(name, "run.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    files.write(plan.made(name, "run.json"), json.dumps(content, indent=1).encode())
     return content
 
 
@@ -314,7 +314,7 @@ def main(argv=None):
     parser.add_argument("--ledger", action="store_true", help="run nothing: renew the committed ledger of what has run")
     try:
         return 1 if run(**vars(parser.parse_args(argv))) else 0
-    except (InputError, PermissionError, KeyboardInterrupt) as error:
+    except (InputError, OSError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         print(f"interrupted: {error}; the same command continues" if stopped else f"error: {error}", file=sys.stderr)
         return 130 if stopped else 2
