@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import requests
 
-from mmsae_helpers.data import session, write
+from mmsae_helpers import files
+from mmsae_helpers.data import session
 from mmsae_helpers.errors import InputError, first_line
 
 API, URL, KEY = "neuronpedia:", "https://www.neuronpedia.org/api/feature", "NEURONPEDIA_API_KEY"
@@ -48,7 +49,7 @@ class Explanations:
         key = str(int(feature))
         if self._api and key not in self._asked:
             self._asked[key] = self._answer(key)
-            write(self._file, json.dumps(self._asked).encode())
+            files.write(self._file, json.dumps(self._asked).encode())
         return self._asked.get(key, "")
 
     def _answer(self, feature: str) -> str:
