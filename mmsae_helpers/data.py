@@ -28,9 +28,9 @@ from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import BatchSampler
 from urllib3.util import Retry
 
-from mmsae_helpers import files
 from mmsae_helpers.activations import Inputs
 from mmsae_helpers.errors import InputError, first_line
+from mmsae_helpers.files import write
 from mmsae_helpers.tinyworld import dataset as world
 from mmsae_helpers.tinyworld import language
 from mmsae_helpers.tinyworld import preferences as world_preferences
@@ -43,6 +43,7 @@ _TEXTS = ("caption", "question", "answer")
 _ALIASES = {"image": ("image", "img"), "fine_label": ("fine_label", "label"), "caption": ("caption", "text")}
 _ANSWERED = {"gpt_answer": "reference", "multiple_choice_answer": "reference", "question_type": "category"}
 _VALIDATION = ("validation", "val", "valid")  # one split
+_SPLITS = ("train", "test", *_VALIDATION)
 _HIDDEN = (".", "__MACOSX")
 _TEXT = {"text": Value("string")}
 _TABLES = re.compile(r"\.(parquet|arrow|csv|jsonl?)(\.(zst|gz|bz2|xz))?$")  # of a hub repository, as in its folder
@@ -494,9 +495,9 @@ def _file(source: str | bytes | dict) -> Path:
             content = _fetched(source) if is_text else source
             upright(content).convert("RGB")
         except Exception as error:
-            files.write(gone, first_line(error)[:200].encode())
+            write(gone, first_line(error)[:200].encode())
             raise
-        files.write(file, content)
+        write(file, content)
     return file
 
 
@@ -566,9 +567,8 @@ def _open(name: str, split: str | None, streaming: bool = False, otherwise: str 
     if is_file and path.is_file():
         rows = _loaded(name, path.suffix[1:], data_files=str(path), split="train", streaming=streaming)
     elif path.is_dir():
-        known = ("train", "test", *_VALIDATION)
-        named = {p.name.lower() if p.name.lower() in known else p.name: p for p in _folders(path)}
-        splits = {name: p for name, p in named.items() if name in (*known, split) and _folders(p)}
+        named = {p.name.lower() if p.name.lower() in _SPLITS else p.name: p for p in _folders(path)}
+        splits = {name: p for name, p in named.items() if name in (*_SPLITS, split) and _folders(p)}
         if splits:
             return _folder(splits[_named(split or otherwise, splits, path)]), None
         rows = _folder(path)
@@ -672,13 +672,12 @@ def _folder(root: Path) -> Dataset:
     files = [path.relative_to(root) for folder in classes for path in sorted(folder.rglob("*"))]
     files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and not any(p.startswith(_HIDDEN) for p in f.parts)]
     labels = [file.parts[0] for file in files]
-    parts = {"train", "training", "test", "testing", "dev", *_VALIDATION}
-    inner = {file.parts[1].lower() for file in files if len(file.parts) > 2}
+    if empty := [folder for folder in classes if folder.name not in set(labels)]:
+        raise InputError(f"class folder {empty[0]} has no images: add some or remove the folder")
+    parts, inner = {*_SPLITS, "training", "testing", "dev"}, {f.parts[1].lower() for f in files if len(f.parts) > 2}
     if {label.lower() for label in labels} <= parts or inner and inner <= parts:
         where = f"{root} seems to have its splits where classes are wanted, or inside of them"
         raise InputError(f"{where}: give folders train, validation, test, each with a folder a class")
-    if empty := [folder for folder in classes if folder.name not in set(labels)]:
-        raise InputError(f"class folder {empty[0]} has no images: add some or remove the folder")
     try:
         return Dataset.from_dict({"image": [str(root / file) for file in files], "fine_label": labels})
     except UnicodeEncodeError as error:

@@ -147,6 +147,12 @@ def test_folders_of_splits_are_no_classes(folder, tmp_path_factory, inside):
         data.load(str(root))
 
 
+def test_a_lone_class_folder_without_images_is_no_split(tmp_path):
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(InputError, match="class folder .*cat has no images"):
+        data.load(str(tmp_path))
+
+
 def test_a_class_without_an_image_in_the_part_is_named(tmp_path):
     for name, n in (("many", 30), ("one", 1)):
         (tmp_path / name).mkdir()

@@ -157,9 +157,10 @@ def test_encode_is_dense_encode_in_chunks():
     assert features.encode(sae, x[:0]).shape == (0, 40)
     large = torch.full((2, 8), 3e38)  # their sum is not finite, they are
     assert features.encode(sae, large, scale=1e-30).shape == (2, 40)
-    with pytest.raises(InputError, match="tokens 14 to 20 hold NaN"):
-        x[15, 3], x[15, 4] = torch.inf, -torch.inf
-        features.encode(sae, x, chunk=7)
+    for bad in ([torch.nan, 0.0], [torch.inf, -torch.inf]):
+        with pytest.raises(InputError, match="tokens 14 to 20 hold NaN"):
+            x[15, 3:5] = torch.tensor(bad)
+            features.encode(sae, x, chunk=7)
 
 
 @given(token_features())

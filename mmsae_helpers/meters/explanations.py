@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import requests
 
-from mmsae_helpers import files
 from mmsae_helpers.data import session
 from mmsae_helpers.errors import InputError, first_line
+from mmsae_helpers.files import write
 
 API, URL, KEY = "neuronpedia:", "https://www.neuronpedia.org/api/feature", "NEURONPEDIA_API_KEY"
 ROW = ["class", "block", "rank"]
@@ -49,7 +49,7 @@ class Explanations:
         key = str(int(feature))
         if self._api and key not in self._asked:
             self._asked[key] = self._answer(key)
-            files.write(self._file, json.dumps(self._asked).encode())
+            write(self._file, json.dumps(self._asked).encode())
         return self._asked.get(key, "")
 
     def _answer(self, feature: str) -> str:

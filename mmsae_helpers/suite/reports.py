@@ -151,7 +151,7 @@ def render(executed, page, status, result, single=False):
     (empty where it failed); ``single``: with plotly.js and the executed notebook inside instead of beside it."""
     try:
         notebook = nbformat.read(executed, as_version=4)
-    except Exception:  # cut off, by a full disk: its status says so, and the next run makes it anew
+    except nbformat.reader.NotJSONError:  # cut off, by a full disk: its status says so, and the next run makes it anew
         executed.unlink()
         page.unlink(missing_ok=True)
         return
